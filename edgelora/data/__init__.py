@@ -1,0 +1,1 @@
+"""From a user's file to rows that train, rows that select and rows that report."""

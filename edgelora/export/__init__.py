@@ -1,0 +1,17 @@
+"""Exported formats, one file each. A format is a module with:
+
+    DEFAULT_TYPE: str
+    TYPES: Mapping[str, str]                # name -> one line that describes it
+    RUNTIME: str                            # the entry of edgelora.runtime.RUNTIMES that its users will run it with
+    REQUIRES: tuple[str, ...]               # importable modules it needs
+    def predict_bytes(model: Path, type: str) -> int
+    def write(model: Path, type: str, folder: Path, name: str, progress) -> Path
+
+`model` is a Hugging Face folder (config.json, *.safetensors, tokenizer files). `write` fills `folder` and returns the
+path that a runtime opens: a file for GGUF, a folder for ONNX.
+"""
+
+FORMATS = {
+    "gguf": "edgelora.export.gguf",
+    "onnx": "edgelora.export.onnx",
+}

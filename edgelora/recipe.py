@@ -1,0 +1,342 @@
+"""The recipe: one YAML file, and the only home of defaults.
+
+`load` reports every problem of a file at once, each with its key and what to write instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from edgelora.errors import RecipeError
+
+_MAX_BYTES = 1 << 20
+_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(B|kB|KB|MB|GB|KiB|MiB|GiB)\s*$")
+_UNITS = {"B": 1, "kB": 1000, "KB": 1000, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the rows are. Paths are relative to the recipe. Held-out sets report; only `valid` selects."""
+
+    train: str
+    valid: str | None = None  # a file; without it `valid_share` of the training rows, by hash
+    sealed: str | None = None  # a file; without it `sealed_share` of the training rows, by hash
+    held_out: Mapping[str, str] = field(default_factory=dict)  # further sets to report on: name -> file
+    task: Literal["chat", "classify"] = "chat"
+    question: str | None = None  # column names; found by themselves where they are usual ones
+    answer: str | None = None
+    system: str | None = None  # system message put before every conversation
+    encoding: str = "utf-8"  # a byte order mark is honoured
+    valid_share: float = 0.1
+    sealed_share: float = 0.1
+
+
+@dataclass(frozen=True)
+class Train:
+    """LoRA: W' = W + (alpha / r) B A, trained on a frozen base (`qlora`: held in 4-bit NF4)."""
+
+    method: Literal["qlora", "lora"] = "qlora"
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    lr: float = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.05  # share of all steps
+    epochs: float = 3.0
+    batch: int = 4  # rows a step and device
+    accumulate: int = 4  # steps added up before the weights move
+    max_tokens: int = 512  # longer rows are an error naming the row
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the arithmetic
+    patience: int = 2  # epochs without a better `valid` loss before stopping; 0: never
+    checkpointing: bool = False  # recompute activations: less memory, more time
+
+
+@dataclass(frozen=True)
+class Merge:
+    base: Literal["auto", "nf4", "16bit"] = "auto"  # auto: measure both on `valid`, keep the better
+
+
+@dataclass(frozen=True)
+class Export:
+    """One file to write. `type`: of GGUF a llama.cpp type (q4_k_m, q8_0, f16, ...); of ONNX int4, int4-mixed or int8."""
+
+    format: str
+    type: str | None = None  # None: the format's own default
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    rows: int = 60  # at most, of each held-out set
+    verify_rows: int = 16  # of `valid`, on which an exported file is compared with the trained model
+    max_kl: float = 0.6  # an exported file further away (nats a token) than this is refused
+    answers: int = 5  # shown side by side in the report
+    max_new_tokens: int = 80
+
+
+@dataclass(frozen=True)
+class Bench:
+    prompt_tokens: tuple[int, ...] = (32, 128)
+    decode_tokens: int = 32
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    base: str
+    data: Data
+    train: Train = field(default_factory=Train)
+    merge: Merge = field(default_factory=Merge)
+    exports: tuple[Export, ...] = (Export("gguf"),)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    bench: Bench = field(default_factory=Bench)
+    budgets: Mapping[str, Any] = field(default_factory=dict)  # limits that `check` enforces
+    out: str | None = None  # folder of the results, relative to where the command runs; default runs/<name>
+    seed: int = 0
+    threads: int | None = None  # None: as many as there are cores
+    folder: Path = field(default=Path(), metadata={"internal": True})  # where the recipe lies
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.out or f"runs/{self.name}")
+
+    def file(self, name: str) -> Path:
+        """A path of the recipe, resolved against the recipe's own folder."""
+        return self.folder / name
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply ``key.sub=value`` overrides; RecipeError lists every problem found."""
+    import yaml
+
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise RecipeError(f"{path} is larger than 1 MiB", "a recipe is a short YAML file")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}", _neighbours(path)) from error
+    try:
+        values = yaml.load(text, Loader=_plain_loader())
+        settings = [(item, *_override(item)) for item in overrides]
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(
+            f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}", "check the indentation and quotes at that line"
+        ) from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds no settings", "start from a recipe that `edgelora init` writes")
+    for item, keys, value in settings:
+        _set(values, item, keys, value)
+    values.setdefault("name", path.stem)
+    return parse(values, folder=path.parent, source=str(path))
+
+
+def parse(values: Mapping[str, Any], *, folder: Path = Path(), source: str = "the recipe") -> Recipe:
+    """Build a Recipe from plain values; RecipeError lists every problem found."""
+    problems: list[str] = []
+    recipe = _dataclass(Recipe, values, "", problems)
+    if recipe is not None:
+        recipe = dataclasses.replace(recipe, folder=folder)
+        problems += _limits(recipe)
+    if problems or recipe is None:
+        noun = "problem" if len(problems) == 1 else "problems"
+        raise RecipeError(
+            f"{source} has {len(problems)} {noun}:\n" + "\n".join(f"  {p}" for p in problems), "mend each line above and run again"
+        )
+    return recipe
+
+
+def as_dict(section: Any) -> dict[str, Any]:
+    """A section as plain JSON values, without the recipe's folder: two machines must agree on it."""
+    values = dataclasses.asdict(section)
+    values.pop("folder", None)
+    return typing.cast("dict[str, Any]", _plain(values))
+
+
+def size_bytes(text: str | int) -> int:
+    """'300MB' -> 300000000, '1MiB' -> 1048576; ValueError names what was wrong."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    match = _SIZE.match(str(text))
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 300MB or 286MiB")
+    return round(float(match[1]) * _UNITS[match[2]])
+
+
+def _limits(recipe: Recipe) -> list[str]:
+    """What types alone cannot say."""
+    train, data = recipe.train, recipe.data
+    rules = [
+        (re.fullmatch(r"[\w.-]+", recipe.name) is not None, f"name: {recipe.name!r} should be letters, digits, '.', '_' or '-'"),
+        (train.r >= 1, f"train.r: {train.r} should be 1 or more (8 to 64 is usual)"),
+        (train.alpha > 0, f"train.alpha: {train.alpha} should be above 0 (r or 2 r is usual)"),
+        (0 <= train.dropout < 1, f"train.dropout: {train.dropout} should be at least 0 and below 1"),
+        (train.lr > 0, f"train.lr: {train.lr} should be above 0 (1e-4 to 5e-4 is usual)"),
+        (train.epochs > 0, f"train.epochs: {train.epochs} should be above 0"),
+        (train.batch >= 1, f"train.batch: {train.batch} should be 1 or more"),
+        (train.accumulate >= 1, f"train.accumulate: {train.accumulate} should be 1 or more"),
+        (train.max_tokens >= 8, f"train.max_tokens: {train.max_tokens} should be 8 or more"),
+        (0 <= train.warmup < 1, f"train.warmup: {train.warmup} should be at least 0 and below 1"),
+        (train.patience >= 0, f"train.patience: {train.patience} should be 0 or more"),
+        (0 < data.valid_share < 0.5, f"data.valid_share: {data.valid_share} should be above 0 and below 0.5"),
+        (0 <= data.sealed_share < 0.5, f"data.sealed_share: {data.sealed_share} should be at least 0 and below 0.5"),
+        (not {"train", "valid", "sealed"} & set(data.held_out), "data.held_out: train, valid and sealed are taken; choose other names"),
+        (all(re.fullmatch(r"\w+", name) for name in data.held_out), "data.held_out: a name should be letters, digits or '_'"),
+        (len(recipe.exports) == len(set(recipe.exports)), "exports: the same format and type twice"),
+        (recipe.evaluate.rows >= 1, "evaluate.rows: should be 1 or more"),
+        (recipe.evaluate.verify_rows >= 1, "evaluate.verify_rows: should be 1 or more"),
+        (recipe.evaluate.max_kl > 0, "evaluate.max_kl: should be above 0"),
+        (recipe.bench.repeats >= 3, "bench.repeats: should be 3 or more, or a median means nothing"),
+        (
+            all(n >= 1 for n in recipe.bench.prompt_tokens) and bool(recipe.bench.prompt_tokens),
+            "bench.prompt_tokens: should be one or more counts above 0",
+        ),
+        (recipe.bench.decode_tokens >= 1, "bench.decode_tokens: should be 1 or more"),
+        (recipe.threads is None or recipe.threads >= 1, f"threads: {recipe.threads} should be 1 or more"),
+    ]
+    return [message for holds, message in rules if not holds]
+
+
+def _dataclass(cls: type, values: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        problems.append(f"{where or 'recipe'}: expected settings, found {values!r}")
+        return None
+    fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("internal")}
+    hints = typing.get_type_hints(cls)
+    before = len(problems)
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            guess = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            problems.append(f"{where}{key}: unknown key; {guess}")
+    made = {}
+    for name, spec in fields.items():
+        if name in values:
+            made[name] = _value(hints[name], values[name], f"{where}{name}", problems)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            problems.append(f"{where}{name}: missing; it has no default")
+    return cls(**made) if len(problems) == before else None
+
+
+def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for option in options:
+            attempt: list[str] = []
+            result = _value(option, value, where, attempt)
+            if not attempt:
+                return result
+        problems.extend(attempt)
+        return None
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(typing.cast(type, hint), value, f"{where}.", problems)
+    if origin is Literal:
+        if value not in args:
+            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+            problems.append(
+                f"{where}: {value!r} is not one of {', '.join(map(str, args))}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            problems.append(f"{where}: expected a list, found {value!r}")
+            return None
+        return tuple(_value(args[0], item, f"{where}[{i}]", problems) for i, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            problems.append(f"{where}: expected names and values, found {value!r}")
+            return None
+        return {str(k): (v if args[1] is Any else _value(args[1], v, f"{where}.{k}", problems)) for k, v in value.items()}
+    return _scalar(hint, value, where, problems)
+
+
+def _scalar(hint: type, value: Any, where: str, problems: list[str]) -> Any:
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 2e-4 as text
+            number = float(value)
+            if number == number and abs(number) != float("inf"):
+                return number
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    name = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}[hint]
+    problems.append(f"{where}: {value!r} is not {name}")
+    return None
+
+
+def _override(item: str) -> tuple[list[str], Any]:
+    import yaml
+
+    key, sign, text = item.partition("=")
+    if not sign or not key:
+        raise RecipeError(f"--set {item!r} is not KEY=VALUE", "for instance --set train.lr=2e-4")
+    return key.split("."), yaml.load(text, Loader=_plain_loader())
+
+
+def _set(values: Any, item: str, keys: list[str], value: Any) -> None:
+    """Put `value` at ``a.b.0.c`` of nested dictionaries and lists."""
+    for depth, key in enumerate(keys):
+        place: Any = key
+        if isinstance(values, list):
+            if not key.isdigit() or int(key) >= len(values):
+                raise RecipeError(f"--set {item}: {'.'.join(keys[:depth])} has {len(values)} entries, none is {key!r}", "count from 0")
+            place = int(key)
+        elif not isinstance(values, dict):
+            raise RecipeError(f"--set {item}: {'.'.join(keys[:depth])} is a value, not a section", "name a key of the recipe")
+        if depth == len(keys) - 1:
+            values[place] = value
+        else:
+            if isinstance(values, dict) and values.get(place) is None:
+                values[place] = {}
+            values = values[place]
+
+
+def _plain_loader() -> type:
+    """YAML's safe loader without anchors, aliases and repeated keys: what you read is what you get."""
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise yaml.YAMLError(f"anchors and aliases are not allowed (line {event.start_mark.line + 1})")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key_node, _ in node.value:
+                if key_node.value in seen:
+                    raise yaml.YAMLError(f"the key {key_node.value!r} stands twice (line {key_node.start_mark.line + 1})")
+                if isinstance(key_node.value, str):
+                    seen.add(key_node.value)
+            return super().construct_mapping(node, deep)
+
+    return Plain
+
+
+def _neighbours(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path()
+    near = difflib.get_close_matches(path.name, sorted(p.name for p in folder.glob("*.y*ml")), n=3)
+    return f"did you mean {', '.join(str(path.parent / n) for n in near)}?" if near else "write one with `edgelora init DATA`"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
