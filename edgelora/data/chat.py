@@ -6,6 +6,7 @@ template adds after a prompt that waits for an answer is the answer. So template
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +50,8 @@ def prompt_ids(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> list[int]
     return list(tokenizer(render(tokenizer, messages, open_turn=True), add_special_tokens=False)["input_ids"])
 
 
-def encode(tokenizer: Any, row: Row, max_tokens: int) -> Encoded:
-    """Token ids and mask of a row. DataError when it is longer than `max_tokens` or nothing of it would be trained."""
+def encode(tokenizer: Any, row: Row) -> Encoded:
+    """Token ids and mask of a row. DataError when nothing of it would be trained."""
     text = render(tokenizer, row.messages)
     spans = [_span(tokenizer, row, turn, text) for turn, (role, _) in enumerate(row.messages) if role == "assistant"]
     pieces = tokenizer(text[: spans[-1][1]], add_special_tokens=False, return_offsets_mapping=True)
@@ -61,11 +62,26 @@ def encode(tokenizer: Any, row: Row, max_tokens: int) -> Encoded:
     if ids[-1] != tokenizer.eos_token_id:  # the template ends a turn with plain text or nothing: the stop is learnt all the same
         ids.append(tokenizer.eos_token_id)
         trained.append(True)
-    if len(ids) > max_tokens:
-        raise DataError(
-            f"line {row.line}: {len(ids)} tokens, more than train.max_tokens = {max_tokens}", "raise train.max_tokens, or shorten that row"
-        )
     return Encoded(tuple(ids), tuple(trained))
+
+
+def encode_all(tokenizer: Any, rows: Sequence[Row], max_tokens: int) -> list[tuple[Row, Encoded]]:
+    """The rows of at most `max_tokens` tokens with their ids. Longer ones are left out, never cut: half an answer teaches to stop half-way."""
+    encoded = [(row, encode(tokenizer, row)) for row in rows]
+    return [(row, ids) for row, ids in encoded if len(ids.ids) <= max_tokens]
+
+
+def with_system(template: str, system: str | None) -> str:
+    """The template, with `system` in front of conversations that bring no system message of their own.
+
+    A shipped file then behaves as it was trained in every runtime, whoever calls it.
+    """
+    if not system:
+        return template
+    quoted = json.dumps(system, ensure_ascii=False)
+    return (
+        "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': " + quoted + "}] + messages %}{% endif %}" + template
+    )
 
 
 def _span(tokenizer: Any, row: Row, turn: int, text: str) -> tuple[int, int]:

@@ -9,9 +9,12 @@ A Session is as narrow as it can be, so that a later runtime behind a cable can 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
+
+from edgelora.errors import ModelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,10 +27,21 @@ RUNTIMES = {
 
 
 class Session(Protocol):
-    """An opened model. Every call starts from an empty context unless it says otherwise."""
+    """An opened model. Every call starts from an empty context.
+
+    What the file itself says is part of it: `chat_template` (Jinja text or None), `special_tokens` (the texts of
+    `bos_token` and `eos_token`, those that exist) and `stop_ids` (the ids that end an answer).
+    """
+
+    chat_template: str | None
+    special_tokens: Mapping[str, str]
+    stop_ids: tuple[int, ...]
 
     def tokenize(self, text: str) -> list[int]:
         """Ids by the runtime's own tokenizer, special tokens parsed, none added."""
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out, bytes that are no UTF-8 replaced."""
 
     def score(self, ids: Sequence[int], first: int = 0) -> np.ndarray:
         """Log-probabilities, float32, shape (len(ids) - first, vocabulary): row i is the prediction of what follows ids[first + i]."""
@@ -49,3 +63,22 @@ class RuntimeModule(Protocol):
     def version(self) -> str: ...
 
     def open(self, path: Path, threads: int) -> Session: ...
+
+
+def runtime(name: str) -> RuntimeModule:
+    """The runtime of that name in RUNTIMES."""
+    return cast(RuntimeModule, import_module(RUNTIMES[name]))
+
+
+def runtime_of(path: Path) -> str:
+    """The name of the runtime that opens `path`: a .gguf file, a folder with an ONNX model, or a Hugging Face folder."""
+    if path.is_file() and path.suffix == ".gguf":
+        return "llama.cpp"
+    if (path / "model.onnx").is_file():
+        return "onnxruntime"
+    if (path / "config.json").is_file():
+        return "torch"
+    raise ModelError(
+        f"{path} is not a model that can be run here" if path.exists() else f"model not found: {path}",
+        "name a .gguf file, a folder with model.onnx, or a folder with config.json and *.safetensors",
+    )

@@ -1,0 +1,272 @@
+"""How llama.cpp names and stores what a Hugging Face checkpoint holds, one `Architecture` for each model type.
+
+A tensor keeps its values or is changed in one of two ways: rows of q and k are put into the order that llama.cpp's
+rotation wants (`pairs`), or one is added to a norm's weights because Hugging Face adds it at run time (`plus_one`).
+What llama.cpp would compute differently from Hugging Face, and has no key for, is a ModelError here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgelora.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+Change = Callable[["torch.Tensor", Any], "torch.Tensor"]
+Metadata = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint tensor: its name and what is done to it on the way."""
+
+    name: str
+    change: Change | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`layer` maps a GGUF name (after ``blk.N.``) to its source (after ``model.layers.N.``).
+
+    `metadata(config)` gives the keys below the architecture's name, `vectors(config)` further 32-bit tensors that
+    the configuration implies; both raise ModelError for what llama.cpp cannot run.
+    """
+
+    name: str
+    layer: Mapping[str, Source]
+    metadata: Callable[[Any], Metadata]
+    vectors: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
+    final_norm: Change | None = None
+
+    def tensors(self, config: Any) -> dict[str, Source]:
+        """GGUF name -> source, in file order, for the whole model."""
+        named = {"token_embd.weight": Source("model.embed_tokens.weight")}
+        for i in range(config.num_hidden_layers):
+            for name, source in self.layer.items():
+                named[f"blk.{i}.{name}"] = Source(f"model.layers.{i}.{source.name}", source.change, source.optional)
+        named["output_norm.weight"] = Source("model.norm.weight", self.final_norm)
+        if not config.tie_word_embeddings:
+            named["output.weight"] = Source("lm_head.weight")
+        return named
+
+
+def of(model_type: str) -> Architecture:
+    """The architecture of a config.json's `model_type`; ModelError lists the known ones."""
+    if model_type not in ARCHITECTURES:
+        raise ModelError(f"GGUF export does not know the architecture {model_type!r}", f"known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model_type]
+
+
+# ---- changes ----
+
+
+def _pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Hugging Face rotates element j of a head with element j + d/2, llama.cpp's NORM rotation 2j with 2j + 1."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def query_pairs(weight: torch.Tensor, config: Any) -> torch.Tensor:
+    return _pairs(weight, config.num_attention_heads)
+
+
+def key_pairs(weight: torch.Tensor, config: Any) -> torch.Tensor:
+    return _pairs(weight, config.num_key_value_heads)
+
+
+def plus_one(weight: torch.Tensor, config: Any) -> torch.Tensor:
+    return weight.float() + 1
+
+
+# ---- hyper-parameters ----
+
+
+def _common(config: Any) -> Metadata:
+    return {
+        "context_length": _context_length(config),
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.key_length": _head_dim(config),
+        "attention.value_length": _head_dim(config),
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _context_length(config: Any) -> int:
+    """llama.cpp runs these architectures without a sliding window, so the file promises no more than one window."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
+
+def _rotation(config: Any, *kinds: str) -> Metadata:
+    """Keys of the rotary embedding; `kinds` are the scalings that llama.cpp runs for this architecture."""
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    keys: Metadata = {"rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))}
+    if kind not in ("default", *kinds):
+        raise ModelError(f"rope_type {kind!r} of this {config.model_type} model cannot be written to GGUF", f"known here: default, {', '.join(kinds)}")
+    if kind in ("linear", "yarn"):
+        keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        own = {key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None}
+        if own or rope.get("beta_fast", 32) != 32 or rope.get("beta_slow", 1) != 1 or not rope.get("truncate", True):
+            raise ModelError(f"YaRN with settings of its own ({config.rope_parameters}) cannot be written to GGUF", "use factor alone")
+        keys["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+    return keys
+
+
+def _require(config: Any, **wanted: Any) -> None:
+    for key, value in wanted.items():
+        if getattr(config, key, value) != value:
+            raise ModelError(f"{key} {getattr(config, key)!r} of this {config.model_type} model is not what llama.cpp runs", f"llama.cpp runs {value!r}")
+
+
+def _llama_metadata(config: Any) -> Metadata:
+    _require(config, hidden_act="silu")
+    return _common(config) | _rotation(config, "linear", "yarn", "llama3")
+
+
+def _llama3_factors(config: Any) -> dict[str, np.ndarray]:
+    """Llama 3's rotary scaling is stored as the factor by which every frequency is divided."""
+    if config.rope_parameters.get("rope_type") != "llama3":
+        return {}
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")[0].numpy().astype(np.float64)
+    plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, _head_dim(config), 2) / _head_dim(config))
+    return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
+
+
+def _qwen_metadata(config: Any) -> Metadata:
+    _require(config, hidden_act="silu")
+    return _common(config) | _rotation(config, "linear", "yarn")
+
+
+def _smollm3_metadata(config: Any) -> Metadata:
+    layers = range(1, config.num_hidden_layers + 1)
+    _require(config, hidden_act="silu", use_sliding_window=False, no_rope_layers=[int(i % 4 != 0) for i in layers])
+    return _common(config) | _rotation(config, "linear", "yarn")
+
+
+def _phi3_metadata(config: Any) -> Metadata:
+    _require(config, hidden_act="silu")
+    keys = _common(config) | _rotation(config, "longrope")
+    keys["rope.scaling.original_context_length"] = config.original_max_position_embeddings
+    keys["attention.sliding_window"] = 0
+    if config.rope_parameters.get("rope_type") == "longrope":
+        stretch = config.max_position_embeddings / config.original_max_position_embeddings
+        factor = math.sqrt(1 + math.log(stretch) / math.log(config.original_max_position_embeddings)) if stretch > 1 else 1.0
+        keys |= {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": factor}
+    return keys
+
+
+def _phi3_factors(config: Any) -> dict[str, np.ndarray]:
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "longrope":
+        return {}
+    return {f"rope_factors_{kind}.weight": np.array(rope[f"{kind}_factor"], dtype=np.float32) for kind in ("long", "short")}
+
+
+def _gemma3_metadata(config: Any) -> Metadata:
+    # llama.cpp derives the attention scale from the head size (only of the 27B from the hidden size).
+    scale = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
+    _require(config, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=scale, attn_logit_softcapping=None)
+    _require(config, use_bidirectional_attention=False)
+    far, near = config.rope_parameters["full_attention"], config.rope_parameters["sliding_attention"]
+    if near.get("rope_type", "default") != "default" or far.get("rope_type", "default") not in ("default", "linear"):
+        raise ModelError(f"rotary scaling {config.rope_parameters} of this Gemma 3 model cannot be written to GGUF", "known: linear, on full attention")
+    keys = _common(config) | {
+        "context_length": config.max_position_embeddings,
+        "rope.freq_base": float(far["rope_theta"]),
+        "rope.freq_base_swa": float(near["rope_theta"]),
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+    }
+    if far.get("rope_type") == "linear":
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(far["factor"])}
+    if config.final_logit_softcapping:
+        keys["final_logit_softcapping"] = float(config.final_logit_softcapping)
+    return keys
+
+
+# ---- tensors ----
+
+_MLP = {
+    "ffn_gate.weight": Source("mlp.gate_proj.weight"),
+    "ffn_up.weight": Source("mlp.up_proj.weight"),
+    "ffn_down.weight": Source("mlp.down_proj.weight"),
+}
+_PLAIN = {
+    "attn_norm.weight": Source("input_layernorm.weight"),
+    "attn_q.weight": Source("self_attn.q_proj.weight"),
+    "attn_k.weight": Source("self_attn.k_proj.weight"),
+    "attn_v.weight": Source("self_attn.v_proj.weight"),
+    "attn_output.weight": Source("self_attn.o_proj.weight"),
+    "ffn_norm.weight": Source("post_attention_layernorm.weight"),
+    **_MLP,
+}
+_LLAMA = _PLAIN | {
+    "attn_q.weight": Source("self_attn.q_proj.weight", query_pairs),
+    "attn_k.weight": Source("self_attn.k_proj.weight", key_pairs),
+}
+_LLAMA_BIASES = {
+    "attn_q.bias": Source("self_attn.q_proj.bias", query_pairs, optional=True),
+    "attn_k.bias": Source("self_attn.k_proj.bias", key_pairs, optional=True),
+    "attn_v.bias": Source("self_attn.v_proj.bias", optional=True),
+    "attn_output.bias": Source("self_attn.o_proj.bias", optional=True),
+    "ffn_gate.bias": Source("mlp.gate_proj.bias", optional=True),
+    "ffn_up.bias": Source("mlp.up_proj.bias", optional=True),
+    "ffn_down.bias": Source("mlp.down_proj.bias", optional=True),
+}
+_QWEN2 = _PLAIN | {
+    "attn_q.bias": Source("self_attn.q_proj.bias"),
+    "attn_k.bias": Source("self_attn.k_proj.bias"),
+    "attn_v.bias": Source("self_attn.v_proj.bias"),
+}
+_QWEN3 = _PLAIN | {
+    "attn_q_norm.weight": Source("self_attn.q_norm.weight"),
+    "attn_k_norm.weight": Source("self_attn.k_norm.weight"),
+}
+_PHI3 = {
+    "attn_norm.weight": Source("input_layernorm.weight"),
+    "attn_qkv.weight": Source("self_attn.qkv_proj.weight"),
+    "attn_output.weight": Source("self_attn.o_proj.weight"),
+    "ffn_norm.weight": Source("post_attention_layernorm.weight"),
+    "ffn_up.weight": Source("mlp.gate_up_proj.weight"),
+    "ffn_down.weight": Source("mlp.down_proj.weight"),
+}
+_GEMMA3 = _PLAIN | {
+    "attn_norm.weight": Source("input_layernorm.weight", plus_one),
+    "attn_q_norm.weight": Source("self_attn.q_norm.weight", plus_one),
+    "attn_k_norm.weight": Source("self_attn.k_norm.weight", plus_one),
+    "post_attention_norm.weight": Source("post_attention_layernorm.weight", plus_one),
+    "ffn_norm.weight": Source("pre_feedforward_layernorm.weight", plus_one),
+    "post_ffw_norm.weight": Source("post_feedforward_layernorm.weight", plus_one),
+}
+
+_LLAMA_LIKE = Architecture("llama", _LLAMA | _LLAMA_BIASES, _llama_metadata, _llama3_factors)
+
+ARCHITECTURES = {
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "qwen2": Architecture("qwen2", _QWEN2, _qwen_metadata),
+    "qwen3": Architecture("qwen3", _QWEN3, _qwen_metadata),
+    "smollm3": Architecture("smollm3", _LLAMA, _smollm3_metadata),
+    "phi3": Architecture("phi3", _PHI3, _phi3_metadata, _phi3_factors),
+    "gemma3_text": Architecture("gemma3", _GEMMA3, _gemma3_metadata, final_norm=plus_one),
+}

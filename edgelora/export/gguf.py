@@ -1,0 +1,292 @@
+"""GGUF, llama.cpp's format: one file with the weights, the tokenizer and the chat template.
+
+The checkpoint is read one tensor at a time and quantized in row ranges, so neither a 16-bit file nor the whole model
+in memory is needed. The same input gives the same bytes. Layout (little-endian; ggml, docs/gguf.md):
+
+    "GGUF" version=3 | counts of tensors and keys | keys | name, shape, type, offset of each tensor | pad | tensors, each padded
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType
+
+from edgelora.errors import ModelError
+from edgelora.export import architectures, gguf_tokenizer
+from edgelora.quant import ggml, gguf_types
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_TYPE = "q4_k_m"
+TYPES = {name: kind.about for name, kind in gguf_types.FILE_TYPES.items()}
+RUNTIME = "llama.cpp"
+REQUIRES = ("gguf", "llama_cpp")
+
+Importance = Mapping[str, np.ndarray]
+
+_ALIGNMENT = 32
+_VALUES_AT_ONCE = 1 << 22
+_FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+
+def predict_bytes(model: Path, type: str, name: str = "", importance: Importance | None = None) -> int:
+    """The exact size of what `write` would make with the same arguments, from headers alone.
+
+    The header holds `name`: without it the answer is short by at most its length in UTF-8 plus 31 bytes of padding.
+    """
+    layout = _Layout.of(model, type, name, importance)
+    return layout.data_start + sum(_padded(tensor.bytes) for tensor in layout.tensors)
+
+
+def write(
+    model: Path, type: str, folder: Path, name: str, progress: Callable[[float, str], None], importance: Importance | None = None
+) -> Path:
+    """Write ``folder/name-type.gguf`` from the Hugging Face folder `model` and return its path.
+
+    `importance`: GGUF tensor name -> float32, shape (columns,), the mean square of each column's input; with it the
+    quantizers weigh errors as llama.cpp does with an importance matrix. `progress(share, tensor name)` is called as
+    tensors are written.
+
+    Raises ModelError, naming the culprit, for a model that is damaged or that llama.cpp cannot run. No half file is
+    left under the final name.
+    """
+    layout = _Layout.of(model, type, name, importance)
+    path = folder / f"{name}-{type}.gguf"
+    partial = path.with_name(f".{path.name}.partial")
+    total = sum(tensor.bytes for tensor in layout.tensors)
+    done = 0
+    try:
+        with partial.open("wb") as stream:
+            stream.write(layout.header)
+            stream.write(bytes(layout.data_start - len(layout.header)))
+            for tensor in layout.tensors:
+                progress(done / total, tensor.name)
+                for block in _packed(tensor, layout, importance):
+                    stream.write(block)
+                stream.write(bytes(_padded(tensor.bytes) - tensor.bytes))
+                done += tensor.bytes
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    progress(1.0, path.name)
+    return path
+
+
+# ---- layout ----
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the file: `source` in the checkpoint, or `values` that the configuration implies."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    source: architectures.Source | None = None
+    values: np.ndarray | None = None
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape[:-1]) * ggml.row_bytes(self.type, self.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Everything about the file but the weights."""
+
+    metadata: Mapping[str, Any]
+    tensors: tuple[_Tensor, ...]
+    checkpoint: _Checkpoint
+    config: Any
+
+    @classmethod
+    def of(cls, model: Path, type: str, name: str, importance: Importance | None) -> _Layout:
+        file_type = gguf_types.file_type(type)
+        config = _config(model)
+        architecture = architectures.of(config.model_type)
+        checkpoint = _Checkpoint.open(model)
+        sources = _matched(architecture.tensors(config), checkpoint, config)
+        vectors = architecture.vectors(config)
+        shapes = {key: checkpoint.shapes[source.name] for key, source in sources.items()} | {key: v.shape for key, v in vectors.items()}
+        shape = gguf_types.Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, architecture.name)
+        types = gguf_types.plan(shapes, type, shape, importance is not None)
+        vocabulary = shapes["token_embd.weight"][0]
+        metadata = {
+            "general.architecture": architecture.name,
+            "general.type": "model",
+            "general.name": name,
+            "general.file_type": int(file_type.code),
+            "general.quantization_version": GGML_QUANT_VERSION,
+            **{f"{architecture.name}.{key}": value for key, value in architecture.metadata(config).items()},
+            **gguf_tokenizer.metadata(model, vocabulary),
+        }
+        tensors = tuple(_Tensor(key, shapes[key], types[key].type, sources.get(key), vectors.get(key)) for key in shapes)
+        return cls(metadata, tensors, checkpoint, config)
+
+    @cached_property
+    def header(self) -> bytes:
+        parts = [b"GGUF", struct.pack("<IQQ", 3, len(self.tensors), len(self.metadata))]
+        parts += [_string(key) + _value(value) for key, value in self.metadata.items()]
+        offset = 0
+        for tensor in self.tensors:
+            dims = tensor.shape[::-1]
+            parts.append(_string(tensor.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.type, offset))
+            offset += _padded(tensor.bytes)
+        return b"".join(parts)
+
+    @property
+    def data_start(self) -> int:
+        return _padded(len(self.header))
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Any) -> bytes:
+    """Type and value; whole numbers are unsigned 32-bit, in arrays signed, as llama.cpp reads them."""
+    if isinstance(value, list):
+        kind = _kind(value[0]) if not isinstance(value[0], int) or isinstance(value[0], bool) else GGUFValueType.INT32
+        return struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(value)) + b"".join(_scalar(item, kind) for item in value)
+    return struct.pack("<I", _kind(value)) + _scalar(value, _kind(value))
+
+
+def _kind(value: Any) -> GGUFValueType:
+    kinds = {str: GGUFValueType.STRING, bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
+    return kinds[type(value)]
+
+
+def _scalar(value: Any, kind: GGUFValueType) -> bytes:
+    if kind == GGUFValueType.STRING:
+        return _string(value)
+    formats = {GGUFValueType.BOOL: "<?", GGUFValueType.UINT32: "<I", GGUFValueType.INT32: "<i", GGUFValueType.FLOAT32: "<f"}
+    return struct.pack(formats[kind], value)
+
+
+# ---- weights ----
+
+
+def _packed(tensor: _Tensor, layout: _Layout, importance: Importance | None) -> Iterator[bytes]:
+    """The tensor's bytes, a range of rows at a time."""
+    if tensor.source is None:
+        yield np.asarray(tensor.values, dtype="<f4").tobytes()
+        return
+    weight = layout.checkpoint.tensor(tensor.source.name)
+    if tensor.source.change is not None:
+        weight = tensor.source.change(weight, layout.config)
+    weight = weight.reshape(-1, tensor.shape[-1])
+    rows = max(1, _VALUES_AT_ONCE // tensor.shape[-1])
+    for first in range(0, weight.shape[0], rows):
+        values = weight[first : first + rows].float().numpy()
+        if not np.isfinite(values).all():
+            raise ModelError(f"{tensor.source.name} holds NaN or infinite weights", "the training diverged: lower the learning rate and train again")
+        if tensor.type == GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
+            raise ModelError(f"{tensor.source.name} holds {np.abs(values).max():.3g}, more than f16 can", "choose bf16 or f32")
+        try:
+            yield ggml.quantize(values, tensor.type, (importance or {}).get(tensor.name)).tobytes()
+        except ModelError as error:
+            raise ModelError(f"{tensor.source.name}: {error.message}", error.hint) from error
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The safetensors files of a folder: where every tensor lies and its shape, read from the headers."""
+
+    files: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def open(cls, model: Path) -> _Checkpoint:
+        files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, names in _shards(model).items():
+            with _opened(path, "np") as shard:
+                found = list(shard.keys())
+                for name in found if names is None else names:
+                    if name not in found:
+                        raise ModelError(f"{path} lacks the tensor {name} that the index promises", "copy the model again")
+                    part = shard.get_slice(name)
+                    if part.get_dtype() not in _FLOAT_DTYPES:
+                        raise ModelError(f"{name} is stored as {part.get_dtype()}", "export needs 16- or 32-bit weights: merge or dequantize the model first")
+                    files[name], shapes[name] = path, tuple(part.get_shape())
+        return cls(files, shapes)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        with _opened(self.files[name], "pt") as shard:
+            return shard.get_tensor(name)
+
+
+def _shards(model: Path) -> dict[Path, list[str] | None]:
+    """Each safetensors file and the tensors wanted from it (None: all)."""
+    index = model / "model.safetensors.index.json"
+    if not index.exists():
+        return {model / "model.safetensors": None}
+    shards: dict[Path, list[str] | None] = {}
+    try:
+        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            if Path(file).name != file:
+                raise ModelError(f"{index} names {file!r}, which is not a file of its folder", "do not use this model")
+            names = shards.setdefault(model / file, [])
+            if names is not None:
+                names.append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged: {error}", "copy the model again") from error
+    return shards
+
+
+def _opened(path: Path, framework: str) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise ModelError(f"{path} is missing", "copy the model again: weights are read from safetensors files only")
+    try:
+        return safe_open(path, framework=framework)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged: {error}", "copy the model again") from error
+
+
+def _config(model: Path) -> Any:
+    """The configuration with every default filled in, as transformers runs it."""
+    from transformers import AutoConfig
+
+    path = model / "config.json"
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        architectures.of(model_type)
+        return AutoConfig.from_pretrained(model, local_files_only=True)
+    except ModelError:
+        raise
+    except Exception as error:  # a missing or damaged file, or values that transformers refuses in its own ways
+        raise ModelError(f"cannot read {path}: {error}", "name a folder that save_pretrained wrote") from error
+
+
+def _matched(wanted: Mapping[str, architectures.Source], checkpoint: _Checkpoint, config: Any) -> dict[str, architectures.Source]:
+    """The tensors to write; every tensor of the checkpoint must be among them."""
+    found = {key: source for key, source in wanted.items() if source.name in checkpoint.shapes or not source.optional}
+    missing = [source.name for source in found.values() if source.name not in checkpoint.shapes]
+    if missing:
+        raise ModelError(f"the model lacks {len(missing)} tensors, the first is {missing[0]}", "copy or merge the model again")
+    left = set(checkpoint.shapes) - {source.name for source in found.values()}
+    if config.tie_word_embeddings:
+        left.discard("lm_head.weight")  # a copy of the embedding
+    if left:
+        raise ModelError(f"GGUF export has no place for {len(left)} tensors, the first is {min(left)}", f"is this a plain {config.model_type} model?")
+    return found

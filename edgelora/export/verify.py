@@ -1,0 +1,97 @@
+"""Compare an exported file, opened in its real runtime, with the model it was made from, and name the culprit.
+
+In the order in which one fault hides behind another: tokenizer, chat template, end-of-sequence, then the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgelora import evaluate, models
+from edgelora.data import chat, template
+from edgelora.data.chat import Encoded
+from edgelora.errors import VerifyError
+from edgelora.runtime import Session, runtime
+from edgelora.runtime.torch_reference import open as open_torch
+
+_EXACT_KL = 0.01  # nats a token that a file in the widest type may be away; f16 is near 1e-5
+
+# What tokenizers get wrong: digits, spaces, line ends, contractions, other scripts, marks, joined emoji, control text.
+PROBES = (
+    "Hello world! I'm here, don't you think they'll see 3.14159 and 2024-11-05?",
+    "  two spaces,\ttab\n\n\nthree line ends\r\nand CRLF ",
+    "質問：サーバーの設定を変更できますか？ ﾊﾝｶｸ ＡＢＣ １２３ 。",
+    "naïve café — “quotes” … ½ ² ① é e\u0301",
+    "👩‍👩‍👧‍👦 🇯🇵 नमस्ते Здравствуйте مرحبا",
+    "def f(x):\n    return x**2  # 100% of $5.00 <b>&amp;</b>",
+    "a" * 40 + " " + "0" * 20,
+)
+_CONVERSATIONS = (
+    (("user", "Hello"),),
+    (("system", "Be brief."), ("user", "What is 2 + 2?"), ("assistant", "4"), ("user", "And 3 + 3?")),
+)
+
+
+def verify(
+    model: Path,
+    exported: Path,
+    runtime_name: str,
+    rows: Sequence[Encoded],
+    max_kl: float,
+    threads: int,
+    full_precision: Callable[[], Path],
+) -> dict[str, Any]:
+    """Facts about `exported` against the Hugging Face folder `model`; VerifyError names what differs.
+
+    `full_precision` writes the same model in the format's widest type; it is called only to tell coarse weights from
+    a wrong conversion.
+    """
+    tokenizer = models.open_tokenizer(model)
+    with runtime(runtime_name).open(exported, threads) as session, open_torch(model, threads) as reference:
+        _same_tokens(tokenizer, session, exported, rows)
+        _same_template(tokenizer, session, exported)
+        if tokenizer.eos_token_id not in session.stop_ids:
+            raise VerifyError(
+                f"{exported.name}: end-of-sequence differs: the model stops at id {tokenizer.eos_token_id}, the file at {list(session.stop_ids)}",
+                "the culprit is the end-of-sequence token: answers would not end",
+            )
+        measured = evaluate.divergence_summary(evaluate.divergence(reference, session, rows))
+        if not measured["kl"] <= max_kl:  # also catches NaN
+            raise VerifyError(
+                f"{exported.name}: KL {measured['kl']:.3g} nats a token from the trained model, more than evaluate.max_kl = {max_kl}",
+                _culprit(reference, rows, runtime_name, threads, full_precision),
+            )
+    return {**measured, "tokens_equal": True, "template_equal": True}
+
+
+def _same_tokens(tokenizer: Any, session: Session, exported: Path, rows: Sequence[Encoded]) -> None:
+    for text in (*PROBES, *(tokenizer.decode(row.ids) for row in rows)):
+        expected = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        found = list(session.tokenize(text))
+        if expected != found:
+            at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+            raise VerifyError(
+                f"{exported.name}: token ids differ from the trained model's from position {at} of {text[:40]!r}: "
+                f"{expected[at : at + 4]} against {found[at : at + 4]}",
+                "the culprit is the tokenizer: its pre-tokenizer or its merges were not carried over",
+            )
+
+
+def _same_template(tokenizer: Any, session: Session, exported: Path) -> None:
+    for conversation in _CONVERSATIONS:
+        expected = chat.render(tokenizer, conversation, open_turn=True)
+        found = template.render(session.chat_template, conversation, session.special_tokens)
+        if expected != found:
+            raise VerifyError(
+                f"{exported.name}: the chat template renders {found[:80]!r} where training saw {expected[:80]!r}", "the culprit is the chat template"
+            )
+
+
+def _culprit(reference: Session, rows: Sequence[Encoded], runtime_name: str, threads: int, full_precision: Callable[[], Path]) -> str:
+    with runtime(runtime_name).open(full_precision(), threads) as widest:
+        kl = evaluate.divergence_summary(evaluate.divergence(reference, widest, rows))["kl"]
+    if kl <= _EXACT_KL:
+        return f"the culprit is the weights: in full precision the KL is {kl:.2g}, so this type is too coarse for this model; choose a larger one"
+    return f"the culprit is the conversion or the runtime: even in full precision the KL is {kl:.2g}"

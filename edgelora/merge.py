@@ -1,0 +1,112 @@
+"""Merge: a base and an adapter in, one dense model out, W' = W + (alpha / r) B A.
+
+A QLoRA adapter was trained on the rounded NF4 base, so there are two dense models it can become: added to the
+16-bit base that the NF4 one was rounded from, or to the NF4 base written out in 16 bits, which is what training saw.
+Tools disagree on which is right (llama.cpp #13485, unsloth #1089, peft #2105), so both are measured on `valid` against
+the model as it was trained. Never merged: into the 4-bit weights themselves, which rounds the change away (peft #2321).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgelora import artifact, evaluate, models
+from edgelora import recipe as recipes
+from edgelora.artifact import Artifact
+from edgelora.data import chat
+from edgelora.data.split import Dataset
+from edgelora.errors import ModelError
+from edgelora.train import load
+
+Progress = Callable[[float, str], None]
+
+
+def merge(recipe: recipes.Recipe, base: models.Base, adapter: Artifact, dataset: Dataset, out: Path, progress: Progress) -> Artifact:
+    """Write the merged model as a Hugging Face folder in bf16, with the tokenizer and template it was trained with."""
+    method = str(adapter.facts["method"])
+    return artifact.build(
+        out,
+        "model",
+        "model",
+        lambda folder: _merge(recipe, base, adapter, method, dataset, folder, progress),
+        made_from={"base": base.key, "adapter": adapter.key, "valid": dataset.fingerprint("valid")},
+        recipe={**recipes.as_dict(recipe.merge), "base_model": recipe.base, "system": recipe.data.system},
+        versions=artifact.versions_of("torch", "transformers", "peft", "bitsandbytes"),
+        rows={"valid": "select"},
+    )
+
+
+def _merge(
+    recipe: recipes.Recipe, base: models.Base, adapter: Artifact, method: str, dataset: Dataset, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    import torch
+
+    tokenizer = models.open_tokenizer(base.folder)
+    rows = [ids for _, ids in chat.encode_all(tokenizer, dataset.selecting, recipe.train.max_tokens)]
+    wanted = ["16bit"] if method == "lora" else ["nf4", "16bit"] if recipe.merge.base == "auto" else [recipe.merge.base]
+    if method == "lora" and recipe.merge.base == "nf4":
+        raise ModelError("merge.base nf4: this adapter was trained on the 16-bit base", "write merge.base: auto or 16bit")
+    progress(0.0, "reading the model as trained")
+    trained = _Trained(base.folder, adapter.path, method, tokenizer, rows)
+    candidates = []
+    for number, name in enumerate(wanted):
+        progress((number + 1) / (len(wanted) + 2), f"merging into the {name} base")
+        model = dense(base.folder, adapter.path, name)
+        candidates.append({"base": name, **trained.compare(model)})
+        del model
+    kept = min(candidates, key=lambda c: c["loss"])
+    progress(1 - 1 / (len(wanted) + 2), f"writing the {kept['base']} merge")
+    merged = dense(base.folder, adapter.path, str(kept["base"])).to(torch.bfloat16)
+    merged.config.dtype = torch.bfloat16
+    merged.save_pretrained(folder)
+    tokenizer.chat_template = chat.with_system(tokenizer.chat_template, recipe.data.system)
+    tokenizer.save_pretrained(folder)
+    models.tidy(folder, recipe.base)
+    return {"kept": kept["base"], "why": _why(kept, candidates), "candidates": candidates, "base": base.name}
+
+
+def dense(base: Path, adapter: Path, into: str) -> Any:
+    """The fp32 model with `adapter` added to the base's own weights (`16bit`) or to its NF4 form written out (`nf4`)."""
+    import torch
+    from peft import PeftModel
+
+    model = load.load_base(base, "qlora" if into == "nf4" else "lora", torch.float32)
+    if into == "nf4":
+        model = model.dequantize()
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    merged = PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
+    return merged.eval()
+
+
+class _Trained:
+    """The model as training left it, on rows: what every merge is compared with."""
+
+    def __init__(self, base: Path, adapter: Path, method: str, tokenizer: Any, rows: Sequence[chat.Encoded]) -> None:
+        import torch
+        from peft import PeftModel
+
+        from edgelora.runtime.torch_reference import TorchSession
+
+        model = load.load_base(base, "qlora" if method == "qlora" else "lora", torch.float32)
+        self._session = TorchSession(PeftModel.from_pretrained(model, adapter, local_files_only=True).eval(), tokenizer)
+        self._tokenizer, self._rows = tokenizer, rows
+
+    def compare(self, model: Any) -> dict[str, Any]:
+        from edgelora.runtime.torch_reference import TorchSession
+
+        return evaluate.divergence_summary(evaluate.divergence(self._session, TorchSession(model, self._tokenizer), self._rows))
+
+
+def _why(kept: dict[str, Any], candidates: Sequence[dict[str, Any]]) -> str:
+    if len(candidates) == 1:
+        return f"the only one asked for; valid loss {kept['loss']:.4f}, KL to the trained model {kept['kl']:.2g}"
+    other = next(c for c in candidates if c is not kept)
+    return (
+        f"lower loss on valid: {kept['loss']:.4f} against {other['loss']:.4f} of the {other['base']} merge "
+        f"(KL to the trained model {kept['kl']:.2g} against {other['kl']:.2g})"
+    )

@@ -1,0 +1,169 @@
+"""The stages in order: data, base, fine-tune, merge, export, evaluate, bench, report, check.
+
+Every stage is a finished folder below the recipe's `out`. One whose inputs, settings and versions are unchanged is
+not run again, so the same command continues a run that was killed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from edgelora import artifact, check, machine, models, quality
+from edgelora import bench as benches
+from edgelora import recipe as recipes
+from edgelora import report as reports
+from edgelora.artifact import Artifact
+from edgelora.data import chat, split
+from edgelora.data.split import Dataset
+from edgelora.export import stage as exports
+
+Progress = Callable[[str, float, str], None]  # stage, share done, what is going on
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: the report's files and the verdicts of its budgets."""
+
+    folder: Path
+    report: Path
+    exports: tuple[Path, ...]
+    verdicts: tuple[check.Verdict, ...]
+    document: dict[str, Any]
+
+
+def run(recipe: recipes.Recipe, progress: Progress) -> Result:
+    """Everything, once. Raises before the first second of training when a later stage cannot work here."""
+    from edgelora import preflight
+
+    out = recipe.out_dir
+    with artifact.locked(out):
+        dataset = split.load(recipe)
+        preflight.packages(recipe)
+        base = models.open_base(recipe.base, recipe.folder, out)
+        preflight.resources(recipe, base, dataset)
+        return _stages(recipe, base, dataset, out, progress)
+
+
+def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Path, progress: Progress) -> Result:
+    from edgelora.merge import merge
+    from edgelora.train.finetune import finetune
+
+    adapter = finetune(recipe, base, dataset, out, lambda share, text: progress("fine-tune", share, text))
+    merged = merge(recipe, base, adapter, dataset, out, lambda share, text: progress("merge", share, text))
+    rows = verification_rows(recipe, base.folder, dataset)
+    pairs = []
+    for number, section in enumerate(recipe.exports):
+        made = []
+        for model, key, prefix in ((base.folder, base.key, "base-"), (merged.path, merged.key, "")):
+            done = (2 * number + len(made)) / (2 * len(recipe.exports))
+            made.append(
+                exports.export(
+                    model,
+                    key,
+                    section,
+                    name=f"{prefix}{recipe.name}",
+                    rows=rows,
+                    rows_from={"valid": "select"},
+                    limits=recipe.evaluate,
+                    threads=threads(recipe),
+                    out=out,
+                    prefix=prefix,
+                    progress=lambda share, text, done=done: progress("export", done + share / (2 * len(recipe.exports)), text),
+                )
+            )
+        pairs.append((made[0], made[1]))
+    judged = quality.judge(recipe, base, dataset, pairs, out, lambda share, text: progress("evaluate", share, text))
+    timed = bench(recipe, [after for _, after in pairs], out, lambda share, text: progress("bench", share, text))
+    progress("report", 0.0, "writing the report")
+    document = collect(recipe, base, dataset, adapter, merged, [after for _, after in pairs], judged, timed)
+    verdicts = check.check(document, recipe.budgets)
+    document["checks"] = [verdict.as_row() for verdict in verdicts]
+    files = write_report(document, out)
+    return Result(out, files["html"], tuple(exports.exported_path(after) for _, after in pairs), tuple(verdicts), document)
+
+
+def threads(recipe: recipes.Recipe) -> int:
+    return recipe.threads or machine.cores()
+
+
+def verification_rows(recipe: recipes.Recipe, model: Path, dataset: Dataset) -> list[chat.Encoded]:
+    """The rows of `valid` on which an exported file is compared with the model it was made from."""
+    tokenizer = models.open_tokenizer(model)
+    fitting = chat.encode_all(tokenizer, dataset.selecting, recipe.train.max_tokens)
+    return [ids for _, ids in fitting[: recipe.evaluate.verify_rows]]
+
+
+def bench(recipe: recipes.Recipe, made: Sequence[Artifact], out: Path, progress: Callable[[float, str], None]) -> Artifact:
+    """Measure the exported files on this machine, one after the other and in turns."""
+    files = [(exports.exported_path(export), str(export.facts["runtime"])) for export in made]
+    return artifact.build(
+        out,
+        "bench",
+        "bench",
+        lambda folder: {"rows": benches.bench_all(files, recipe.bench, threads(recipe), progress), "machine": machine.describe()},
+        made_from={str(export.facts["file"]): export.key for export in made},
+        recipe={**recipes.as_dict(recipe.bench), "threads": threads(recipe), "machine": machine.describe()["class"]},
+        versions=artifact.versions_of("llama-cpp-python", "onnxruntime"),
+    )
+
+
+def collect(
+    recipe: recipes.Recipe,
+    base: models.Base,
+    dataset: Dataset,
+    adapter: Artifact,
+    merged: Artifact,
+    made: Sequence[Artifact],
+    judged: Artifact,
+    timed: Artifact,
+) -> dict[str, Any]:
+    """The report's document out of what the stages measured."""
+    files = []
+    for export in made:
+        facts = dict(export.facts)
+        name = str(facts["file"])
+        sha = export.files.get(name)
+        files.append({**facts, **({"sha256": sha} if sha else {})})
+    return {
+        "schema": reports.SCHEMA,
+        "name": recipe.name,
+        "created": datetime.now(UTC).date().isoformat(),
+        "edgelora": artifact.versions_of()["edgelora"],
+        "machine": timed.facts["machine"],
+        "versions": {**adapter.versions, **made[0].versions} if made else dict(adapter.versions),
+        "recipe": recipes.as_dict(recipe),
+        "training": dict(adapter.facts),
+        "merge": dict(merged.facts),
+        "files": files,
+        **judged.facts,
+        "bench": timed.facts["rows"],
+        "commands": [f"edgelora run {recipe.name}.yaml"],
+        "notes": _notes(dataset, base),
+    }
+
+
+def write_report(document: dict[str, Any], out: Path) -> dict[str, Path]:
+    """report.html, report.md and report.json in `out`, each replaced in one step."""
+    with artifact.writing(out):
+        return reports.write(document, out)
+
+
+def free_partial(out: Path) -> None:
+    """Remove what interrupted stages left."""
+    for folder in out.glob(".*.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _notes(dataset: Dataset, base: models.Base) -> list[str]:
+    notes = []
+    for reason in sorted({reason for _, _, reason in dataset.dropped}):
+        count = sum(r == reason for _, _, r in dataset.dropped)
+        notes.append(f"{count} training {'row' if count == 1 else 'rows'} left out: {reason}")
+    if base.gguf is not None:
+        notes.append("The base was a quantized GGUF file; 'the model it was made from' is that file written out in 16 bits.")
+    return notes

@@ -1,0 +1,104 @@
+"""Before the first second of training: can every later stage work here? Everything that is missing, said at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgelora import check, doctor, machine, models
+from edgelora import recipe as recipes
+from edgelora.data import chat
+from edgelora.data.split import Dataset
+from edgelora.errors import EdgeloraError
+from edgelora.export import stage as exports
+from edgelora.export.verify import PROBES
+from edgelora.runtime import runtime
+
+TRAINING = ("torch", "transformers", "peft", "accelerate", "safetensors", "gguf", "bitsandbytes")
+_PARITY_CHARACTERS = 20_000  # of the training rows, compared token by token with llama.cpp
+
+
+def packages(recipe: recipes.Recipe) -> None:
+    """Formats, types, budgets and every package that a later stage imports."""
+    needed = dict.fromkeys(TRAINING)
+    problems: list[EdgeloraError] = []
+    for section in recipe.exports:
+        if module := _attempt(problems, lambda section=section: (exports.resolve(section), exports.format_module(section.format))[1]):
+            needed |= dict.fromkeys((*module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
+    _attempt(problems, lambda: check.parse(recipe.budgets))
+    _attempt(problems, lambda: doctor.require(tuple(needed)))
+    _raise(problems)
+
+
+def resources(recipe: recipes.Recipe, base: models.Base, dataset: Dataset) -> None:
+    """Memory, disk, chat template and token parity, once the base is on this disk."""
+    problems: list[EdgeloraError] = []
+    tokenizer = models.open_tokenizer(base.folder)
+    rows = _attempt(problems, lambda: [ids for _, ids in chat.encode_all(tokenizer, dataset.train, recipe.train.max_tokens)])
+    if rows:
+        _attempt(problems, lambda: _memory(recipe, base, [len(row.ids) for row in rows]))
+    _attempt(problems, lambda: _disk(recipe, base.folder))
+    if base.gguf is not None:
+        text = "\n".join(row.question + "\n" + row.answer for row in dataset.train)[:_PARITY_CHARACTERS]
+        _attempt(problems, lambda: token_parity(tokenizer, base.gguf, [*PROBES, text]))
+    _raise(problems)
+
+
+def token_parity(tokenizer: Any, gguf: Path | None, texts: list[str]) -> None:
+    """EdgeloraError when llama.cpp, reading the GGUF base itself, splits a text differently from what training would see."""
+    if gguf is None or not doctor.importable("llama_cpp"):
+        return
+    from edgelora.runtime import llama_cpp
+
+    with llama_cpp.open_vocabulary(gguf) as vocabulary:
+        for text in texts:
+            if list(tokenizer(text, add_special_tokens=False)["input_ids"]) != vocabulary.tokenize(text):
+                raise EdgeloraError(
+                    f"{gguf.name}: its tokenizer as transformers reads it differs from llama.cpp's on {text[:40]!r}",
+                    "training would see other tokens than the phone; use the model's safetensors as base",
+                )
+
+
+def _memory(recipe: recipes.Recipe, base: models.Base, lengths: list[int]) -> None:
+    from edgelora.train import estimate, load
+
+    if load.device() == "cuda":
+        return  # the driver knows better what is free, and says so before the first step
+    needed = estimate.training(base.folder, recipe.train, sum(lengths), lengths)["peak_rss_bytes"]
+    free = machine.available_memory_bytes()
+    if needed > free:
+        raise EdgeloraError(
+            f"training needs about {needed / 1e9:.1f} GB of memory (an estimate), {free / 1e9:.1f} GB are free",
+            "lower train.batch (raise train.accumulate by as much), shorten train.max_tokens, set train.checkpointing: true, or take a smaller base",
+        )
+
+
+def _disk(recipe: recipes.Recipe, base: Path) -> None:
+    weights = sum(p.stat().st_size for p in base.glob("*.safetensors"))
+    # merged model, two exports a format (the untuned one beside it) of at most half the 16-bit size, one checkpoint's optimizer
+    needed = weights * (1.2 + len(recipe.exports)) + 0.3 * weights
+    place = recipe.out_dir
+    while not place.exists():
+        place = place.absolute().parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise EdgeloraError(f"the run writes about {needed / 1e9:.1f} GB (an estimate), {free / 1e9:.1f} GB are free", "free some space, or choose another --out")
+
+
+def _attempt(problems: list[EdgeloraError], step: Callable[[], Any]) -> Any:
+    try:
+        return step()
+    except EdgeloraError as error:
+        problems.append(error)
+        return None
+
+
+def _raise(problems: list[EdgeloraError]) -> None:
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        kind = problems[0] if all(p.exit_code == problems[0].exit_code for p in problems) else EdgeloraError("")
+        lines = "\n".join(f"  {p.message}\n    {p.hint}" if p.hint else f"  {p.message}" for p in problems)
+        raise type(kind)(f"{len(problems)} things stand in the way of this run:\n{lines}", "mend each, then run the same command again")

@@ -1,0 +1,145 @@
+"""Several reports -> one comparison. Rows are joined by file type (gguf q4_k_m with gguf q4_k_m); a speed only where runtime,
+threads and prompt length agree too. Every later run is set against the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from edgelora.errors import UsageError
+from edgelora.report import figures as f
+from edgelora.report.schema import SCHEMA
+from edgelora.report.tables import Column, Row, Table, rows, section, tabulate, text
+
+_SHOW = {
+    "bytes": f.size,
+    "nats": lambda v: f.loss(v) if f.known(v) and abs(v) >= 1 else f.number(v),
+    "share": f.percent,
+    "tok/s": f.number,
+    "ms": f.ms,
+}
+_Key = tuple[str, str, str, str]  # format, type, what, unit
+_Cell = tuple[Any, Any, Any, Any]  # value, low, high, n
+
+
+def compare(docs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A comparison document of two or more reports, which `to_markdown`, `to_html`, `to_json` and `write` take as well.
+
+    Each row holds one measure of one file type: ``values``, ``low``, ``high`` and ``n`` have one entry a run, null where
+    a run has no such figure. UsageError for fewer than two reports.
+    """
+    if len(docs) < 2:
+        raise UsageError(f"a comparison needs two or more reports, found {len(docs)}", "name several report.json files or run folders")
+    found: list[dict[_Key, _Cell]] = [dict(reversed(list(_measures(doc)))) for doc in docs]  # of two equal keys the first counts
+    keys = list(dict.fromkeys(key for doc in docs for key, _ in _measures(doc)))
+    order = {kind: i for i, kind in enumerate(dict.fromkeys(key[:2] for key in keys))}
+    joined = []
+    for key in sorted(keys, key=lambda key: order[key[:2]]):  # a stable sort: measures keep their order
+        cells = [doc.get(key, (None, None, None, None)) for doc in found]
+        values, low, high, n = (list(column) for column in zip(*cells, strict=True))
+        joined.append(dict(zip(("format", "type", "what", "unit"), key, strict=True)) | {"values": values, "low": low, "high": high, "n": n})
+    labels = _labels(docs)
+    runs = [
+        {"label": label, **{key: doc.get(key) for key in ("name", "created", "edgelora", "commit", "machine")}}
+        for label, doc in zip(labels, docs, strict=True)
+    ]
+    return {"schema": SCHEMA, "kind": "comparison", "name": " / ".join(labels), "runs": runs, "rows": joined, "notes": list(_warnings(docs, joined))}
+
+
+def title(doc: Row) -> str:
+    return f"Comparison of {len(rows(doc, 'runs'))} runs: {doc.get('name') or ''}"
+
+
+def tables_of(doc: Row) -> list[tuple[str, Table]]:
+    """The runs, then one table a file type: a measure a row, a run a column."""
+    runs = rows(doc, "runs")
+    listed = tabulate(
+        runs,
+        [
+            Column("Run", text("label"), numeric=False),
+            Column("Date", text("created"), numeric=False),
+            Column("edgelora", text("edgelora"), numeric=False),
+            Column("Commit", text("commit"), numeric=False),
+            Column("Machine", lambda run: section(run, "machine").get("class") or "", numeric=False),
+        ],
+    )
+    kinds = dict.fromkeys(kind_of(row) for row in rows(doc, "rows"))
+    columns = [Column("Measure", text("what"), numeric=False)]
+    columns += [Column(run.get("label") or f"run {i + 1}", lambda row, i=i: _cell(row, i)) for i, run in enumerate(runs)]  # type: ignore[misc]
+    return [("Runs", listed)] + [(kind, tabulate([row for row in rows(doc, "rows") if kind_of(row) == kind], columns)) for kind in kinds]
+
+
+def kind_of(row: Row) -> str:
+    return " ".join(filter(None, (row.get("format"), row.get("type"))))
+
+
+def entry(row: Row, key: str, i: int) -> Any:
+    """The i-th run's entry of a list that may be missing or short."""
+    values = row.get(key) or ()
+    return values[i] if i < len(values) else None
+
+
+def _cell(row: Row, i: int) -> str:
+    """'98.4 MB (−6.7 %)': the figure, its interval, and how far it is from the first run's."""
+    show = _SHOW.get(row.get("unit") or "", f.number)
+    value, first = entry(row, "values", i), entry(row, "values", 0)
+    shown = f.within(value, entry(row, "low", i), entry(row, "high", i), show)
+    if i and shown and f.known(first) and abs(first) > 1e-12:
+        shown += f" ({f.change((value - first) / abs(first))})"
+    return shown
+
+
+def _measures(doc: Row) -> Iterator[tuple[_Key, _Cell]]:
+    """Every figure of a report that can be joined with another report's."""
+    kinds = {}
+    for file in rows(doc, "files"):
+        kind = kinds[file.get("file")] = (file.get("format") or "", file.get("type") or "")
+        yield from _measure(kind, "size", "bytes", file.get("size_bytes"))
+        yield from _measure(kind, "KL to the trained model", "nats", file.get("kl"), file.get("kl_low"), file.get("kl_high"), file.get("tokens"))
+        yield from _measure(kind, "same top token", "share", file.get("top1"), n=file.get("tokens"))
+    for row in rows(doc, "losses"):
+        if kind := kinds.get(row.get("file")):
+            after = section(row, "after")
+            yield from _measure(kind, f"loss on {row.get('set')}", "nats", after.get("loss"), after.get("low"), after.get("high"), row.get("tokens"))
+    for row in rows(doc, "accuracy"):
+        if kind := kinds.get(row.get("file")):
+            yield from _measure(kind, f"accuracy on {row.get('set')}", "share", row.get("after"), row.get("low"), row.get("high"), row.get("rows"))
+    for row in rows(doc, "bench"):
+        if kind := kinds.get(row.get("file")):
+            with_ = bench_words(row)
+            yield from _measure(kind, f"decode ({with_})", "tok/s", row.get("decode_tok_per_s"))
+            yield from _measure(kind, f"first token ({with_})", "ms", row.get("ttft_ms"))
+            yield from _measure(kind, f"peak memory ({with_})", "bytes", row.get("peak_rss_bytes"))
+
+
+def bench_words(row: Row) -> str:
+    """'llama.cpp, 1 thread, 128-token prompt'."""
+    threads, prompt = row.get("threads"), row.get("prompt_tokens")
+    parts = [row.get("runtime"), f.known(threads) and f"{threads} thread{'' if threads == 1 else 's'}", f.known(prompt) and f"{prompt}-token prompt"]
+    return ", ".join(part for part in parts if part)
+
+
+def _measure(kind: tuple[str, str], what: str, unit: str, value: Any, low: Any = None, high: Any = None, n: Any = None) -> Iterator[tuple[_Key, _Cell]]:
+    if f.known(value):
+        yield (*kind, what, unit), (value, low, high, n)
+
+
+def _labels(docs: Sequence[Row]) -> list[str]:
+    """The shortest names that tell the runs apart."""
+    names = [str(doc.get("name") or "run") for doc in docs]
+    for key in ("", "commit", "created"):
+        labels = [f"{name} {doc.get(key) or ''}".strip() for name, doc in zip(names, docs, strict=True)]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{i}: {name}" for i, name in enumerate(names, 1)]
+
+
+def _warnings(docs: Sequence[Row], joined: Sequence[Row]) -> Iterator[str]:
+    machines = list(dict.fromkeys(section(doc, "machine").get("class") or "unknown" for doc in docs))
+    if len(machines) > 1:
+        yield f"The runs come from different machines ({', '.join(machines)}): their speeds and memory do not compare."
+    for row in joined:
+        counts = list(dict.fromkeys(n for n in row["n"] if f.known(n)))
+        if len(counts) > 1:
+            yield f"{kind_of(row)}, {row['what']}: the runs measured different samples (n = {', '.join(map(f.count, counts))}), so the difference is not paired."

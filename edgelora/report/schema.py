@@ -1,0 +1,198 @@
+"""What a report may hold. Units are in the names; losses and KL are nats a token; shares are fractions of one.
+
+Every key except ``schema`` and ``name`` is optional and may be null. Keys that are not listed are kept and not shown,
+so a report of a later version can still be read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from edgelora.errors import ModelError
+
+SCHEMA = 1
+_DEEPEST = 24
+_LARGEST = 1e18  # no byte count, token count or time comes near; beyond it, plots would overflow
+
+# A type is: str, bool, int, float (takes whole numbers too), object (any JSON), [element], {"key": type} or {str: type}.
+_MEASURE = {"loss": float, "low": float, "high": float}
+MACHINE = {
+    "class": str,
+    "cpu": str,
+    "cores": int,
+    "memory_bytes": int,
+    "os": str,
+    "python": str,
+    "gpu": str,
+    "load_average": float,
+}
+REPORT: dict[str, Any] = {
+    "schema": int,
+    "name": str,
+    "created": str,
+    "edgelora": str,
+    "commit": str,
+    "machine": MACHINE,
+    "versions": {str: str},
+    "recipe": {str: object},
+    "training": {
+        "method": str,
+        "base": str,
+        "trained_parameters": int,
+        "total_parameters": int,
+        "trained_share": float,
+        "rows": int,
+        "tokens": int,
+        "epochs": float,
+        "curve": [{"step": float, "loss": float}],
+        "valid_curve": [{"step": float, "loss": float}],
+        "predicted": {"peak_rss_bytes": int, "seconds": float},
+        "measured": {"peak_rss_bytes": int, "seconds": float, "tokens_per_s": float},
+        "full_finetune_bytes": int,  # predicted memory of training every parameter
+        "model_16bit_bytes": int,  # size of the merged 16-bit model that the files are made from
+        "notes": [str],
+    },
+    "merge": {"kept": str, "why": str, "candidates": [{"base": str, "valid_loss": float, "kl": float, "top1": float}]},
+    "files": [  # the first one is the one that ships
+        {
+            "file": str,
+            "format": str,
+            "type": str,
+            "runtime": str,
+            "size_bytes": int,
+            "predicted_bytes": int,
+            "kl": float,
+            "kl_low": float,
+            "kl_high": float,
+            "top1": float,
+            "tokens": int,
+            "tokens_equal": bool,
+            "template_equal": bool,
+            "sha256": str,
+        }
+    ],
+    "losses": [  # before: the untuned base exported to the same type; after: the exported file; change: relative to before
+        {
+            "set": str,
+            "file": str,
+            "rows": int,
+            "tokens": int,
+            "before": _MEASURE,
+            "after": _MEASURE,
+            "change": float,
+            "change_low": float,
+            "change_high": float,
+        }
+    ],
+    "accuracy": [  # shares; low and high are the interval of `after`
+        {"set": str, "file": str, "rows": int, "before": float, "after": float, "low": float, "high": float}
+    ],
+    "answers": [{"question": str, "before": str, "after": {str: str}}],
+    "bench": [
+        {
+            "file": str,
+            "runtime": str,
+            "threads": int,
+            "prompt_tokens": int,
+            "load_ms": float,
+            "ttft_ms": float,
+            "prefill_tok_per_s": float,
+            "decode_tok_per_s": float,
+            "peak_rss_bytes": int,
+            "cpu_s_per_token": float,
+            "load_average": float,
+            "bandwidth_gb_per_s": float,
+            "bandwidth_share": float,
+            "samples_ms": {str: [float]},
+        }
+    ],
+    "checks": [{"what": str, "limit": str, "value": str, "ok": bool}],
+    "commands": [str],
+    "notes": [str],
+}
+COMPARISON: dict[str, Any] = {
+    "schema": int,
+    "kind": str,
+    "name": str,
+    "runs": [{"label": str, "name": str, "created": str, "edgelora": str, "commit": str, "machine": MACHINE}],
+    "rows": [{"format": str, "type": str, "what": str, "unit": str, "better": str, "values": [float], "low": [float], "high": [float], "n": [int]}],
+    "notes": [str],
+}
+_REQUIRED = ("schema", "name")
+_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def is_comparison(doc: Mapping[str, Any]) -> bool:
+    return doc.get("kind") == "comparison"
+
+
+def validate(doc: Any, source: str) -> None:
+    """ModelError naming the first wrong value of `doc` and how many more there are."""
+    hint = "make the report again with this version of edgelora"
+    if not isinstance(doc, Mapping):
+        raise ModelError(f"{source} is not a report: it holds {_shown(doc)}, not a JSON object", hint)
+    if doc.get("schema") != SCHEMA or isinstance(doc.get("schema"), bool):
+        raise ModelError(f"{source} has schema {_shown(doc.get('schema'))}, this edgelora reads schema {SCHEMA}", hint)
+    problems = [f"{key}: missing" for key in _REQUIRED if doc.get(key) is None]
+    problems += _problems(COMPARISON if is_comparison(doc) else REPORT, doc, "", 0)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ModelError(f"{source} is damaged: {problems[0]}{more}", hint)
+
+
+def plain(value: Any) -> Any:
+    """A copy that JSON can hold: tuples become lists, NaN and infinities null, lone surrogates U+FFFD."""
+    if isinstance(value, Mapping):
+        return {plain(k) if isinstance(k, str) else k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _problems(kind: Any, value: Any, where: str, depth: int) -> Iterator[str]:
+    if value is None:
+        return
+    if depth > _DEEPEST:
+        yield f"{where}: nested more than {_DEEPEST} levels deep"
+    elif kind is object:
+        inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in inner:
+            yield from _problems(object, item, f"{where}.{key}", depth + 1)
+    elif isinstance(kind, list):
+        if not isinstance(value, list):
+            yield f"{where}: {_shown(value)} is not a list"
+            return
+        for i, item in enumerate(value):
+            yield from _problems(kind[0], item, f"{where}[{i}]", depth + 1)
+    elif isinstance(kind, Mapping):
+        if not isinstance(value, Mapping):
+            yield f"{where}: {_shown(value)} is not an object"
+            return
+        for key, item in value.items():
+            yield from _problems(kind.get(key, kind.get(str, object)), item, f"{where}.{key}".lstrip("."), depth + 1)
+    elif not _fits(kind, value):
+        yield f"{where}: {_shown(value)} is not {_NAMES[kind]}"
+
+
+def _fits(kind: type, value: Any) -> bool:
+    if kind in (int, float):
+        kinds = (int, float) if kind is float else (int,)
+        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return isinstance(value, kind)
+
+
+def _shown(value: Any) -> str:
+    """At most some sixty characters of a value of any size."""
+    if isinstance(value, (Mapping, list)):
+        return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)}"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _LARGEST:
+        return "a number above 1e18"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

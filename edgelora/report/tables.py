@@ -1,0 +1,274 @@
+"""The document -> tables of text, shared by Markdown and HTML. A column or row without any figure is not there.
+
+A cell that begins with '✓ ' or '✗ ' is a verdict; pages may colour it, the words stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgelora.report import figures as f
+
+Row = Mapping[str, Any]
+PASS, FAIL = "✓ ", "✗ "
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. `numeric` says of each column whether it is set flush right."""
+
+    titles: tuple[str, ...]
+    numeric: tuple[bool, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.rows and self.titles)
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    cell: Callable[[Row], str]
+    numeric: bool = True
+
+
+def tabulate(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
+    """Every row, and the columns that say something."""
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    kept = [i for i in range(len(columns)) if any(row[i] for row in cells)]
+    return Table(
+        tuple(columns[i].title for i in kept),
+        tuple(columns[i].numeric for i in kept),
+        tuple(tuple(row[i] for i in kept) for row in cells),
+    )
+
+
+def rows(doc: Row, section: str) -> list[Row]:
+    return [row for row in doc.get(section) or () if row]
+
+
+def section(doc: Row, name: str) -> Row:
+    return doc.get(name) or {}
+
+
+def text(key: str) -> Callable[[Row], str]:
+    return lambda row: row.get(key) or ""
+
+
+def _of(key: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
+    return lambda row: show(row.get(key))
+
+
+def files(doc: Row) -> Table:
+    return tabulate(
+        rows(doc, "files"),
+        [
+            Column("File", text("file"), numeric=False),
+            Column("Format", lambda row: " ".join(filter(None, (row.get("format"), row.get("type")))), numeric=False),
+            Column("Runtime", text("runtime"), numeric=False),
+            Column("Size", _of("size_bytes", f.size)),
+            Column("Predicted size", _of("predicted_bytes", f.size)),
+            Column("KL, nats a token", lambda row: f.within(row.get("kl"), row.get("kl_low"), row.get("kl_high"), f.number)),
+            Column("Same top token", _of("top1", f.percent)),
+            Column("n", lambda row: f.sample(None, row.get("tokens"))),
+            Column("Tokenizer and template", parity, numeric=False),
+            Column("SHA-256", lambda row: (row.get("sha256") or "")[:12], numeric=False),
+        ],
+    )
+
+
+def parity(row: Row) -> str:
+    """'✓ tokens and template equal', or what differs."""
+    facts = {"tokens": row.get("tokens_equal"), "template": row.get("template_equal")}
+    if False in facts.values():
+        return FAIL + " and ".join(name for name, same in facts.items() if same is False) + " differ"
+    same = [name for name, equal in facts.items() if equal]
+    return f"{PASS}{' and '.join(same)} equal" if same else ""
+
+
+def losses(doc: Row) -> Table:
+    def measured(key: str) -> Callable[[Row], str]:
+        def cell(row: Row) -> str:
+            values = row.get(key) or {}
+            return f.within(values.get("loss"), values.get("low"), values.get("high"), f.loss)
+
+        return cell
+
+    return tabulate(
+        rows(doc, "losses"),
+        [
+            Column("Set", text("set"), numeric=False),
+            Column("File", text("file"), numeric=False),
+            Column("Loss, untuned base", measured("before")),
+            Column("Loss, this file", measured("after")),
+            Column("Change", lambda row: f.within(row.get("change"), row.get("change_low"), row.get("change_high"), f.change)),
+            Column("n", lambda row: f.sample(row.get("rows"), row.get("tokens"))),
+        ],
+    )
+
+
+def accuracy(doc: Row) -> Table:
+    return tabulate(
+        rows(doc, "accuracy"),
+        [
+            Column("Set", text("set"), numeric=False),
+            Column("File", text("file"), numeric=False),
+            Column("Accuracy, untuned base", _of("before", f.percent)),
+            Column("Accuracy, this file", lambda row: f.within(row.get("after"), row.get("low"), row.get("high"), f.percent)),
+            Column("n", lambda row: f.sample(row.get("rows"), None)),
+        ],
+    )
+
+
+def bench(doc: Row) -> Table:
+    return tabulate(
+        rows(doc, "bench"),
+        [
+            Column("File", text("file"), numeric=False),
+            Column("Runtime", text("runtime"), numeric=False),
+            Column("Threads", _of("threads", f.count)),
+            Column("Prompt tokens", _of("prompt_tokens", f.count)),
+            Column("Load", _of("load_ms", f.ms)),
+            Column("First token", _of("ttft_ms", f.ms)),
+            Column("Prefill, tok/s", _of("prefill_tok_per_s", f.number)),
+            Column("Decode, tok/s", _of("decode_tok_per_s", f.number)),
+            Column("Peak memory", _of("peak_rss_bytes", f.size)),
+            Column("CPU a token", lambda row: f.ms(_times(row.get("cpu_s_per_token"), 1000))),
+            Column("Weights read, GB/s", _of("bandwidth_gb_per_s", f.number)),
+            Column("Share of memory bandwidth", lambda row: f.percent(row.get("bandwidth_share"), 0)),
+            Column("Machine load", _of("load_average", f.number)),
+        ],
+    )
+
+
+def merge(doc: Row) -> Table:
+    kept = section(doc, "merge").get("kept")
+    return tabulate(
+        rows(section(doc, "merge"), "candidates"),
+        [
+            Column("Merged into", lambda row: merge_name(row.get("base")), numeric=False),
+            Column("Loss on valid", _of("valid_loss", f.loss)),
+            Column("KL to the trained model", _of("kl", f.number)),
+            Column("Same top token", _of("top1", f.percent)),
+            Column("Kept", lambda row: f"{PASS}kept" if kept and row.get("base") == kept else "", numeric=False),
+        ],
+    )
+
+
+def merge_name(base: Any) -> str:
+    """The two merges of a QLoRA adapter in words; other names as they are."""
+    return {"nf4": "the dequantized 4-bit base (nf4)", "16bit": "the 16-bit base (16bit)"}.get(base, base or "")
+
+
+def checks(doc: Row) -> Table:
+    return tabulate(
+        rows(doc, "checks"),
+        [
+            Column("Check", text("what"), numeric=False),
+            Column("Limit", text("limit")),
+            Column("Measured", text("value")),
+            Column("Result", lambda row: {True: f"{PASS}passed", False: f"{FAIL}failed"}.get(row.get("ok"), ""), numeric=False),
+        ],
+    )
+
+
+def failed(doc: Row) -> int:
+    return sum(row.get("ok") is False for row in rows(doc, "checks"))
+
+
+def training(doc: Row) -> list[tuple[str, str]]:
+    """Pairs of a name and a figure."""
+    train = section(doc, "training")
+    predicted, measured = section(train, "predicted"), section(train, "measured")
+
+    def against(key: str, show: Callable[[Any], str]) -> str:
+        found, guess = show(measured.get(key)), show(predicted.get(key))
+        return f"{found} (predicted: {guess})" if found and guess else found or (guess and f"predicted: {guess}")
+
+    share = f.percent(train.get("trained_share"), 2)
+    parameters = f.count(train.get("trained_parameters"))
+    total = f.count(train.get("total_parameters"))
+    full = f.size(train.get("full_finetune_bytes"))
+    pairs = [
+        ("Method", train.get("method") or ""),
+        ("Base model", train.get("base") or ""),
+        ("Trained parameters", parameters + (f" of {total}" if parameters and total else "")),
+        ("Trained share", share),
+        ("Data", f.sample(train.get("rows"), train.get("tokens"))),
+        ("Epochs", f.number(train.get("epochs"))),
+        ("Peak memory", against("peak_rss_bytes", f.size)),
+        ("Full fine-tuning would need", full and f"predicted: {full}"),
+        ("Time", against("seconds", f.seconds)),
+        ("Speed", _unit(f.number(measured.get("tokens_per_s")), "tokens/s")),
+        ("Size of the merged 16-bit model", f.size(train.get("model_16bit_bytes"))),
+    ]
+    return [(name, value) for name, value in pairs if value]
+
+
+def machine(doc: Row) -> list[tuple[str, str]]:
+    """Where and with what the figures were taken: pairs of a name and a value."""
+    values = section(doc, "machine")
+    pairs = [
+        ("Machine class", values.get("class") or ""),
+        ("Processor", values.get("cpu") or ""),
+        ("Cores", f.count(values.get("cores"))),
+        ("Memory", f.size(values.get("memory_bytes"))),
+        ("GPU", values.get("gpu") or ""),
+        ("Operating system", values.get("os") or ""),
+        ("Python", values.get("python") or ""),
+        ("Load average at the start", f.number(values.get("load_average"))),
+        ("edgelora", doc.get("edgelora") or ""),
+        ("Commit", doc.get("commit") or ""),
+        ("Date", doc.get("created") or ""),
+    ]
+    return [(name, value) for name, value in pairs if value]
+
+
+def sixteen_bit_bytes(doc: Row) -> Any:
+    """Size of the 16-bit model: as said by training, or of an exported 16-bit file; None when neither is there."""
+    known = section(doc, "training").get("model_16bit_bytes")
+    wide = [row.get("size_bytes") for row in rows(doc, "files") if row.get("type") in ("f16", "bf16", "fp16")]
+    return known or next(iter(wide), None)
+
+
+def shipped(doc: Row) -> tuple[Row, Row, Row]:
+    """The file that ships (the first), its first loss row and its first bench row; each may be empty."""
+    file = next(iter(rows(doc, "files")), {})
+
+    def first(name: str, figure: str) -> Row:
+        mine = (row for row in rows(doc, name) if row.get("file") == file.get("file") and f.known(row.get(figure)))
+        return next(mine, {}) if file.get("file") else {}
+
+    return file, first("losses", "change"), first("bench", "decode_tok_per_s")
+
+
+def headline(doc: Row) -> str:
+    """'The file that ships: 105.5 MB, 41 % lower loss than the untuned base on paraphrase, 65.2 tok/s on this machine.'
+
+    A change whose interval holds zero is not called lower or higher. Empty when nothing was exported.
+    """
+    file, loss, bench_row = shipped(doc)
+    speed = f.number(bench_row.get("decode_tok_per_s"))
+    parts = [f.size(file.get("size_bytes")), _loss_words(loss), speed and f"{speed} tok/s on this machine"]
+    said = ", ".join(part for part in parts if part)
+    return f"The file that ships: {said}." if said else ""
+
+
+def _loss_words(row: Row) -> str:
+    change, low, high = row.get("change"), row.get("change_low"), row.get("change_high")
+    if not f.known(change):
+        return ""
+    where = f" on {row['set']}" if row.get("set") else ""
+    if f.known(low) and f.known(high) and low <= 0 <= high:
+        return f"no loss change that can be told from the untuned base{where}"
+    return f"{f.percent(abs(change), 0)} {'lower' if change < 0 else 'higher'} loss than the untuned base{where}"
+
+
+def _times(value: Any, factor: float) -> Any:
+    return value * factor if f.known(value) else None
+
+
+def _unit(figure: str, unit: str) -> str:
+    return figure and f"{figure} {unit}"

@@ -1,0 +1,227 @@
+"""llama.cpp on the CPU, through llama-cpp-python's bindings of its C API (llama.h).
+
+The high-level ``Llama`` class keeps the logits of a whole sequence and asks for all or none of them; the C API lets us
+ask for just the rows that are scored. The settings are llama.cpp's own (an F16 key-value cache, weights memory-mapped and
+repacked for this processor) with one exception: its flash attention takes another path below 64 tokens than above, so
+that a row's score would depend on where the text was cut into batches (by a KL of 0.004 on a Q4_1 model). Scores are
+taken without it and are the same to the bit however they are asked for; `generate` runs as users run it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from edgelora.errors import EdgeloraError, ModelError, Unsupported
+from edgelora.gguf_header import read_header
+
+REQUIRES = ("llama_cpp", "numpy")
+
+_BATCH = 512  # tokens handed over at once: llama.cpp's own n_ubatch, so prompts are read at the speed that users see
+_SCORE_BYTES = 64 << 20  # of logits that llama.cpp holds at once while scoring
+_SMALLEST_CONTEXT = 256  # tokens
+_ERROR, _CONTINUED = 4, 5  # ggml_log_level in ggml.h
+
+# llama.cpp has one log for the whole process. We keep its last errors instead of letting it write on stderr; ctypes
+# demands that the callback outlives every call into the library.
+_errors: deque[str] = deque(maxlen=20)
+_level = 0
+
+
+@llama_cpp.llama_log_callback
+def _log(level: int, text: bytes | None, _: object) -> None:
+    global _level
+    line = (text or b"").decode("utf-8", "replace")
+    if level == _CONTINUED and _level == _ERROR and _errors:
+        _errors[-1] += line
+    elif level == _ERROR:
+        _errors.append(line)
+    if level != _CONTINUED:
+        _level = level
+
+
+def version() -> str:
+    return f"llama.cpp {llama_cpp.llama_version().decode()} (llama-cpp-python {llama_cpp.__version__})"
+
+
+def open(path: Path, threads: int) -> LlamaSession:
+    """Open a GGUF file. ModelError names what llama.cpp (or our own look at the header) found wrong with it."""
+    return LlamaSession(path, threads)
+
+
+class LlamaSession:
+    """A GGUF model in llama.cpp; see `edgelora.runtime.Session`.
+
+    The key-value cache starts small, grows by doubling to what a call needs, and ends at the length the model was trained for:
+    a longer text is Unsupported. A second call while `generate` is being iterated ends that iteration with an error.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self._room = (0, 0)  # tokens the context holds, its flash_attn_type
+        self._threads = threads
+        self._calls = 0
+        read_header(path)  # llama.cpp's reader may abort the process on what this refuses
+        llama_cpp.llama_log_set(_log, None)
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0
+        _errors.clear()
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise ModelError(f"llama.cpp cannot load {path}: {_cause()}", "export it again, or check it with another GGUF reader")
+        if llama_cpp.llama_model_has_encoder(self._model) or not llama_cpp.llama_model_has_decoder(self._model):
+            self.close()
+            raise Unsupported(f"{path} is not a decoder-only language model", "choose a causal language model")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._n_vocab = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self._longest = llama_cpp.llama_model_n_ctx_train(self._model)
+        self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+
+    def tokenize(self, text: str) -> list[int]:
+        self._check_open()
+        data = text.encode()
+        room = len(data) + 8  # a token is a byte at least; some vocabularies put a blank in front
+        while True:
+            ids = (llama_cpp.llama_token * room)()
+            count = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, room, False, True)
+            if 0 <= count <= room:
+                return list(ids[:count])
+            if count == -(1 << 31):
+                raise Unsupported(f"llama.cpp cannot tokenize {len(data)} bytes at once", "split the text")
+            room = -count
+
+    def score(self, ids: Sequence[int], first: int = 0) -> np.ndarray:
+        self._begin(ids, len(ids), llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED)
+        if not 0 <= first <= len(ids):
+            raise ValueError(f"first is {first}, expected 0 to {len(ids)}")
+        rows = np.empty((len(ids) - first, self._n_vocab), dtype=np.float32)
+        at_once = max(1, min(_BATCH, _SCORE_BYTES // (4 * self._n_vocab)))
+        start = 0
+        while start < len(ids):
+            # rows without logits are cheap in memory: take as many as a batch holds, but stop where the scored ones begin
+            end = min(start + _BATCH, first) if start < first else min(start + at_once, len(ids))
+            self._decode(ids[start:end], start, logits_from=max(first, start))
+            for position in range(max(first, start), end):
+                rows[position - first] = self._logits(position - start)
+            start = end
+        return _log_softmax(rows)
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[int]) -> Iterator[int]:
+        if not ids:
+            raise Unsupported("cannot continue an empty prompt", "give at least one token id")
+        self._begin(ids, len(ids) + max(0, max_new_tokens - 1), llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO)
+        return self._continue(ids, max_new_tokens, frozenset(stop), self._calls)
+
+    def close(self) -> None:
+        self._calls += 1
+        if self._batch:
+            llama_cpp.llama_batch_free(self._batch)
+        if self._context:
+            llama_cpp.llama_free(self._context)
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+        self._batch = self._context = self._model = None
+
+    def __enter__(self) -> LlamaSession:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at interpreter exit the library may be gone before us
+            self.close()
+
+    def _continue(self, ids: Sequence[int], max_new_tokens: int, stop: frozenset[int], call: int) -> Iterator[int]:
+        if max_new_tokens < 1:
+            return
+        for start in range(0, len(ids), _BATCH):
+            chunk = ids[start : start + _BATCH]
+            self._decode(chunk, start, logits_from=len(ids) - 1)
+        position = len(ids)
+        for made in range(1, max_new_tokens + 1):
+            token = int(np.argmax(self._logits(-1)))
+            if token in stop:
+                return
+            yield token
+            if made == max_new_tokens:
+                return
+            if call != self._calls:
+                raise EdgeloraError("this session was used for something else in the middle of generate()", "finish one call before the next")
+            self._decode([token], position, logits_from=position)
+            position += 1
+
+    def _begin(self, ids: Sequence[int], tokens: int, flash: int) -> None:
+        """Check a call's input, make room for `tokens` and forget what was there before."""
+        self._check_open()
+        self._calls += 1
+        strange = next((i for i in ids if not 0 <= i < self._n_vocab), None)
+        if strange is not None:
+            raise Unsupported(f"the id {strange} is not in the vocabulary (0 to {self._n_vocab - 1})", "tokenize with this model's own tokenizer")
+        if tokens > self._longest:
+            raise Unsupported(f"{tokens} tokens do not fit the model's context of {self._longest}", "use a shorter text")
+        if tokens > self._room[0] or flash != self._room[1]:
+            self._make_room(tokens, flash)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+
+    def _make_room(self, tokens: int, flash: int) -> None:
+        if self._context:
+            llama_cpp.llama_free(self._context)
+            self._context, self._room = None, (0, 0)
+        size = min(self._longest, max(_SMALLEST_CONTEXT, 1 << (tokens - 1).bit_length()))
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = size
+        params.n_batch = params.n_ubatch = _BATCH
+        params.n_threads = params.n_threads_batch = self._threads
+        params.flash_attn_type = flash
+        _errors.clear()
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise ModelError(f"llama.cpp cannot make a context of {size} tokens: {_cause()}", "use a shorter text, or free some memory")
+        self._room = (size, flash)
+
+    def _decode(self, ids: Sequence[int], start: int, logits_from: int) -> None:
+        """Read `ids` at positions from `start` on; logits are computed for positions >= `logits_from` alone."""
+        batch = self._batch
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i] = token
+            batch.pos[i] = start + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = start + i >= logits_from
+        _errors.clear()
+        status = llama_cpp.llama_decode(self._context, batch)
+        if status:
+            raise EdgeloraError(f"llama.cpp failed to read {len(ids)} tokens (status {status}): {_cause()}", "free some memory, or use a shorter text")
+
+    def _logits(self, row: int) -> np.ndarray:
+        """A view, valid until the next `_decode`, of the logits of the batch's row (-1: the last that has any)."""
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, row), shape=(self._n_vocab,))
+
+    def _check_open(self) -> None:
+        if not self._model:
+            raise EdgeloraError("this llama.cpp session is closed", "open the file again")
+
+
+def _cause() -> str:
+    """The first error line of the last call: what follows it in llama.cpp's log is only the way back up."""
+    return " ".join(_errors[0].split()) if _errors else "it gives no reason"
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """In place and row by row, so that a long text needs no second copy; the sum is taken in float64."""
+    for row in logits:
+        row -= row.max()
+        row -= np.log(np.exp(row).sum(dtype=np.float64))
+    return logits

@@ -1,0 +1,1 @@
+"""Fine-tuning: W' = W + (alpha / r) B A on a frozen base."""
