@@ -84,7 +84,10 @@ def _disk(recipe: recipes.Recipe, base: Path) -> None:
         place = place.absolute().parent
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise EdgeloraError(f"the run writes about {needed / 1e9:.1f} GB (an estimate), {free / 1e9:.1f} GB are free", "free some space, or choose another --out")
+        raise EdgeloraError(
+            f"the run writes about {needed / 1e9:.1f} GB (an estimate), {free / 1e9:.1f} GB are free",
+            "free some space, or choose another --out",
+        )
 
 
 def _attempt(problems: list[EdgeloraError], step: Callable[[], Any]) -> Any:

@@ -38,7 +38,11 @@ def judge(
         "evaluation",
         lambda folder: _judge(recipe, base, dataset, pairs, progress),
         made_from={**{str(a.facts["file"]): a.key for pair in pairs for a in pair}, "rows": dataset.fingerprint(*names)},
-        recipe={**recipes.as_dict(recipe.evaluate), "task": recipe.data.task, "labels": list(dataset.labels) if recipe.data.task == "classify" else []},
+        recipe={
+            **recipes.as_dict(recipe.evaluate),
+            "task": recipe.data.task,
+            "labels": list(dataset.labels) if recipe.data.task == "classify" else [],
+        },
         versions=artifact.versions_of("llama-cpp-python", "onnxruntime"),
         rows=dict.fromkeys(names, "report"),
     )

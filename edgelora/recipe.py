@@ -114,6 +114,18 @@ class Recipe:
         return self.folder / name
 
 
+def locate(path: Path) -> Path:
+    """`path` itself, or the recipe of that bare name which comes with the package."""
+    if path.exists() or path.parent != Path():
+        return path
+    here = Path(__file__).parent
+    for folder in (here / "recipes", here.parent / "recipes"):  # in an installed wheel, in a checkout
+        own = folder / f"{path.name.removesuffix('.yaml')}.yaml"
+        if own.exists():
+            return own
+    return path
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply ``key.sub=value`` overrides; RecipeError lists every problem found."""
     import yaml

@@ -80,7 +80,10 @@ def with_system(template: str, system: str | None) -> str:
         return template
     quoted = json.dumps(system, ensure_ascii=False)
     return (
-        "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': " + quoted + "}] + messages %}{% endif %}" + template
+        "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': "
+        + quoted
+        + "}] + messages %}{% endif %}"
+        + template
     )
 
 

@@ -47,9 +47,19 @@ class Table:
 
 
 def read(
-    path: Path, *, question: str | None = None, answer: str | None = None, system: str | None = None, encoding: str = "utf-8"
+    path: Path,
+    *,
+    question: str | None = None,
+    answer: str | None = None,
+    system: str | None = None,
+    encoding: str = "utf-8",
+    answered: bool = True,
 ) -> Table:
     """Read `path` by its suffix; `question` and `answer` name columns where the usual names do not fit.
+
+    With ``answered=False`` the rows are questions alone, each waiting for its answer.
+
+    With ``answered=False`` the rows are questions alone, each waiting for its answer.
 
     Raises DataError with the line number for a file that is missing, of another encoding, malformed or without rows.
     """
@@ -62,7 +72,7 @@ def read(
         records = _json_lines(path, text)
     else:
         records = _json_array(path, text)
-    return _table(path, list(records), question, answer, system)
+    return _table(path, list(records), question, answer, system, answered)
 
 
 def _text(path: Path, encoding: str) -> str:
@@ -98,9 +108,9 @@ def _delimited(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, Map
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     old_limit = csv.field_size_limit(_MAX_CELL)
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, restkey=None)
-        names = reader.fieldnames or []
-        if any(name is None or not name.strip() for name in names) and not any(name and name.strip() for name in names):
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+        names = list(reader.fieldnames or [])
+        if names and not any(name.strip() for name in names):
             raise DataError(f"{path.name} has no header line", "the first line should name the columns, for instance question,answer")
         last = reader.line_num
         for record in reader:
@@ -149,33 +159,40 @@ def _record(path: Path, line: int, value: Any) -> Mapping[str, Any]:
 
 
 def _table(
-    path: Path, records: Sequence[tuple[int, Mapping[str, Any]]], question: str | None, answer: str | None, system: str | None
+    path: Path,
+    records: Sequence[tuple[int, Mapping[str, Any]]],
+    question: str | None,
+    answer: str | None,
+    system: str | None,
+    answered: bool,
 ) -> Table:
     if not records:
         raise DataError(f"{path.name} holds no rows", "put one question and answer on each line below the header")
     names = tuple(str(name) for name in records[0][1] if name is not None)
-    chat = "messages" in names and question is None and answer is None
-    columns = ("messages",) if chat else _columns(path, names, question, answer)
+    if "messages" in names and question is None and answer is None:
+        columns: tuple[str, ...] = ("messages",)
+    else:
+        columns = _columns(path, names, question, answer, answered)
     rows, dropped = [], []
     for line, record in records:
-        messages = _messages(path, line, record) if chat else _pair(record, columns)
+        messages = _messages(path, line, record) if columns == ("messages",) else _pair(record, columns)
+        if not answered and messages and messages[-1][0] == "assistant":
+            messages = messages[:-1]
         if system and messages and messages[0][0] != "system":
             messages = (("system", system), *messages)
         if not messages or any(not content.strip() for _, content in messages):
             dropped.append((line, "empty"))
-        elif messages[-1][0] != "assistant" or len(messages) < 2:
+        elif answered and (messages[-1][0] != "assistant" or len(messages) < 2):
             dropped.append((line, "does not end with an answer"))
         else:
             rows.append(Row(messages, line))
     if not rows:
-        raise DataError(
-            f"{path.name}: none of its {len(records)} rows has both a question and an answer",
-            f"columns used: {', '.join(columns)}; set data.question and data.answer",
-        )
+        what = "both a question and an answer" if answered else "a question"
+        raise DataError(f"{path.name}: none of its {len(records)} rows has {what}", f"columns used: {', '.join(columns)}; name others")
     return Table(tuple(rows), columns, tuple(dropped))
 
 
-def _columns(path: Path, names: Sequence[str], question: str | None, answer: str | None) -> tuple[str, ...]:
+def _columns(path: Path, names: Sequence[str], question: str | None, answer: str | None, answered: bool) -> tuple[str, ...]:
     def pick(wanted: str | None, usual: Sequence[str], what: str, taken: str | None = None) -> str:
         if wanted is not None:
             if wanted not in names:
@@ -188,13 +205,13 @@ def _columns(path: Path, names: Sequence[str], question: str | None, answer: str
         raise DataError(f"{path.name}: no column looks like the {what}", f"its columns: {', '.join(names)}; set data.{what}")
 
     first = pick(question, QUESTIONS, "question")
-    return first, pick(answer, ANSWERS, "answer", taken=first)
+    return (first, pick(answer, ANSWERS, "answer", taken=first)) if answered else (first,)
 
 
 def _pair(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    question, answer = (_cell(record.get(column)) for column in columns)
+    question, *answer = (_cell(record.get(column)) for column in columns)
     extra = _cell(record.get("input")) if columns[0] == "instruction" else ""  # Alpaca: instruction, input, output
-    return ("user", f"{question}\n\n{extra}" if extra else question), ("assistant", answer)
+    return ("user", f"{question}\n\n{extra}" if extra else question), *(("assistant", text) for text in answer)
 
 
 def _messages(path: Path, line: int, record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

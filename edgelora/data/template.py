@@ -23,7 +23,9 @@ def render(template: str | None, messages: Sequence[tuple[str, str]], special_to
     if not template:
         raise ModelError("the file carries no chat template", "export it again from a model with one")
     if len(template) > _MAX_TEMPLATE:
-        raise ModelError(f"the file's chat template is {len(template)} characters long", "a real one is a few thousand; do not trust this file")
+        raise ModelError(
+            f"the file's chat template is {len(template)} characters long", "a real one is a few thousand; do not trust this file"
+        )
 
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
@@ -40,5 +42,7 @@ def render(template: str | None, messages: Sequence[tuple[str, str]], special_to
                 raise ModelError("the file's chat template writes without end", "do not trust this file")
             pieces.append(piece)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
-        raise ModelError(f"the file's chat template fails: {error}", "export it again from a model whose template takes user and assistant turns") from error
+        raise ModelError(
+            f"the file's chat template fails: {error}", "export it again from a model whose template takes user and assistant turns"
+        ) from error
     return "".join(pieces)

@@ -34,7 +34,8 @@ def resolve(section: recipes.Export) -> recipes.Export:
     if kind not in module.TYPES:
         near = difflib.get_close_matches(kind, module.TYPES, n=1)
         raise UsageError(
-            f"{section.format} has no type {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""), f"its types: {', '.join(module.TYPES)}"
+            f"{section.format} has no type {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            f"its types: {', '.join(module.TYPES)}",
         )
     return recipes.Export(section.format, kind)
 
@@ -85,7 +86,11 @@ def export(
         f"{prefix}{section.format}-{kind}",
         "export",
         make,
-        made_from={"model": key, **{f"rows.{n}": n for n in rows_from}, "rows": artifact.stage_key("rows", {}, {"ids": [r.ids for r in rows]}, {})},
+        made_from={
+            "model": key,
+            **{f"rows.{n}": n for n in rows_from},
+            "rows": artifact.stage_key("rows", {}, {"ids": [r.ids for r in rows]}, {}),
+        },
         recipe={"format": section.format, "type": kind, "name": name, "max_kl": limits.max_kl},
         versions=artifact.versions_of("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
         rows=rows_from,

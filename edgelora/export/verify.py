@@ -85,7 +85,8 @@ def _same_template(tokenizer: Any, session: Session, exported: Path) -> None:
         found = template.render(session.chat_template, conversation, session.special_tokens)
         if expected != found:
             raise VerifyError(
-                f"{exported.name}: the chat template renders {found[:80]!r} where training saw {expected[:80]!r}", "the culprit is the chat template"
+                f"{exported.name}: the chat template renders {found[:80]!r} where training saw {expected[:80]!r}",
+                "the culprit is the chat template",
             )
 
 

@@ -16,7 +16,7 @@ _SHOW = {
     "bytes": f.size,
     "nats": lambda v: f.loss(v) if f.known(v) and abs(v) >= 1 else f.number(v),
     "share": f.percent,
-    "tok/s": f.number,
+    "tok/s": lambda v: f.number(v) and f"{f.number(v)} tok/s",
     "ms": f.ms,
 }
 _Key = tuple[str, str, str, str]  # format, type, what, unit
@@ -38,13 +38,22 @@ def compare(docs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key in sorted(keys, key=lambda key: order[key[:2]]):  # a stable sort: measures keep their order
         cells = [doc.get(key, (None, None, None, None)) for doc in found]
         values, low, high, n = (list(column) for column in zip(*cells, strict=True))
-        joined.append(dict(zip(("format", "type", "what", "unit"), key, strict=True)) | {"values": values, "low": low, "high": high, "n": n})
+        joined.append(
+            dict(zip(("format", "type", "what", "unit"), key, strict=True)) | {"values": values, "low": low, "high": high, "n": n}
+        )
     labels = _labels(docs)
     runs = [
         {"label": label, **{key: doc.get(key) for key in ("name", "created", "edgelora", "commit", "machine")}}
         for label, doc in zip(labels, docs, strict=True)
     ]
-    return {"schema": SCHEMA, "kind": "comparison", "name": " / ".join(labels), "runs": runs, "rows": joined, "notes": list(_warnings(docs, joined))}
+    return {
+        "schema": SCHEMA,
+        "kind": "comparison",
+        "name": " / ".join(labels),
+        "runs": runs,
+        "rows": joined,
+        "notes": list(_warnings(docs, joined)),
+    }
 
 
 def title(doc: Row) -> str:
@@ -81,32 +90,43 @@ def entry(row: Row, key: str, i: int) -> Any:
 
 
 def _cell(row: Row, i: int) -> str:
-    """'98.4 MB (−6.7 %)': the figure, its interval, and how far it is from the first run's."""
+    """'98.4 MB (-6.7 %)': the figure, its interval, and how far it is from the first run's."""
     show = _SHOW.get(row.get("unit") or "", f.number)
     value, first = entry(row, "values", i), entry(row, "values", 0)
     shown = f.within(value, entry(row, "low", i), entry(row, "high", i), show)
-    if i and shown and f.known(first) and abs(first) > 1e-12:
-        shown += f" ({f.change((value - first) / abs(first))})"
-    return shown
+    if not i or not shown or not f.known(first):
+        return shown
+    if row.get("unit") == "share":  # a change of a share in percent would read like the share itself
+        return f"{shown} ({f.change(value - first).removesuffix(' %')} points)"
+    return f"{shown} ({f.change((value - first) / abs(first))})" if abs(first) > 1e-12 else shown
 
 
 def _measures(doc: Row) -> Iterator[tuple[_Key, _Cell]]:
     """Every figure of a report that can be joined with another report's."""
-    kinds = {}
+    kinds: dict[Any, tuple[str, str]] = {}
     for file in rows(doc, "files"):
-        kind = kinds[file.get("file")] = (file.get("format") or "", file.get("type") or "")
+        kinds[file.get("file")] = kind = (file.get("format") or "", file.get("type") or "")
         yield from _measure(kind, "size", "bytes", file.get("size_bytes"))
-        yield from _measure(kind, "KL to the trained model", "nats", file.get("kl"), file.get("kl_low"), file.get("kl_high"), file.get("tokens"))
+        yield from _measure(
+            kind, "KL to the trained model", "nats", file.get("kl"), file.get("kl_low"), file.get("kl_high"), file.get("tokens")
+        )
         yield from _measure(kind, "same top token", "share", file.get("top1"), n=file.get("tokens"))
     for row in rows(doc, "losses"):
-        if kind := kinds.get(row.get("file")):
+        if row.get("file") in kinds:
+            kind = kinds[row.get("file")]
             after = section(row, "after")
-            yield from _measure(kind, f"loss on {row.get('set')}", "nats", after.get("loss"), after.get("low"), after.get("high"), row.get("tokens"))
+            yield from _measure(
+                kind, f"loss on {row.get('set')}", "nats", after.get("loss"), after.get("low"), after.get("high"), row.get("tokens")
+            )
     for row in rows(doc, "accuracy"):
-        if kind := kinds.get(row.get("file")):
-            yield from _measure(kind, f"accuracy on {row.get('set')}", "share", row.get("after"), row.get("low"), row.get("high"), row.get("rows"))
+        if row.get("file") in kinds:
+            kind = kinds[row.get("file")]
+            yield from _measure(
+                kind, f"accuracy on {row.get('set')}", "share", row.get("after"), row.get("low"), row.get("high"), row.get("rows")
+            )
     for row in rows(doc, "bench"):
-        if kind := kinds.get(row.get("file")):
+        if row.get("file") in kinds:
+            kind = kinds[row.get("file")]
             with_ = bench_words(row)
             yield from _measure(kind, f"decode ({with_})", "tok/s", row.get("decode_tok_per_s"))
             yield from _measure(kind, f"first token ({with_})", "ms", row.get("ttft_ms"))
@@ -116,11 +136,17 @@ def _measures(doc: Row) -> Iterator[tuple[_Key, _Cell]]:
 def bench_words(row: Row) -> str:
     """'llama.cpp, 1 thread, 128-token prompt'."""
     threads, prompt = row.get("threads"), row.get("prompt_tokens")
-    parts = [row.get("runtime"), f.known(threads) and f"{threads} thread{'' if threads == 1 else 's'}", f.known(prompt) and f"{prompt}-token prompt"]
+    parts = [
+        row.get("runtime"),
+        f.known(threads) and f"{threads} thread{'' if threads == 1 else 's'}",
+        f.known(prompt) and f"{prompt}-token prompt",
+    ]
     return ", ".join(part for part in parts if part)
 
 
-def _measure(kind: tuple[str, str], what: str, unit: str, value: Any, low: Any = None, high: Any = None, n: Any = None) -> Iterator[tuple[_Key, _Cell]]:
+def _measure(
+    kind: tuple[str, str], what: str, unit: str, value: Any, low: Any = None, high: Any = None, n: Any = None
+) -> Iterator[tuple[_Key, _Cell]]:
     if f.known(value):
         yield (*kind, what, unit), (value, low, high, n)
 
@@ -142,4 +168,5 @@ def _warnings(docs: Sequence[Row], joined: Sequence[Row]) -> Iterator[str]:
     for row in joined:
         counts = list(dict.fromkeys(n for n in row["n"] if f.known(n)))
         if len(counts) > 1:
-            yield f"{kind_of(row)}, {row['what']}: the runs measured different samples (n = {', '.join(map(f.count, counts))}), so the difference is not paired."
+            sizes = ", ".join(map(f.count, counts))
+            yield f"{kind_of(row)}, {row['what']}: the runs measured different samples (n = {sizes}), so they do not compare row by row."

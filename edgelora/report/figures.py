@@ -60,6 +60,11 @@ def number(value: Any, digits: int = 3) -> str:
     return _minus(f"{value:,.{max(0, digits - 1 - exponent)}f}")
 
 
+def plainest(value: Any) -> str:
+    """3.0 -> '3'; 2.5 -> '2.5': for settings rather than measurements."""
+    return _minus(f"{value:,.4g}") if known(value) and abs(value) < 1e4 else count(value)
+
+
 def ms(value: Any) -> str:
     """412.3 -> '412 ms'; 12400 -> '12.4 s'."""
     if not known(value):
@@ -89,14 +94,19 @@ def within(value: Any, low: Any, high: Any, show: Callable[[Any], str]) -> str:
 
 
 def change(value: Any) -> str:
-    """-0.31 -> '−31.0 %'."""
+    """-0.31 -> '-31.0 %'."""
     return percent(value, sign=True)
 
 
 def sample(rows: Any, tokens: Any) -> str:
-    """The n of a quality figure: '60 rows, 8,245 tokens'."""
-    parts = [(rows, "row"), (tokens, "token")]
-    return ", ".join(f"{count(n)} {noun}{'' if n == 1 else 's'}" for n, noun in parts if known(n))
+    """The n of a quality figure: '60 rows (8,245 tokens)'."""
+    parts = [f"{count(n)} {noun}{'' if n == 1 else 's'}" for n, noun in ((rows, "row"), (tokens, "token")) if known(n)]
+    return aside(parts[0], parts[1]) if len(parts) == 2 else "".join(parts)
+
+
+def aside(text: str, more: str) -> str:
+    """'105.5 MB (predicted: 105.4 MB)'; without either part, the other alone."""
+    return f"{text} ({more})" if text and more else text or more
 
 
 def _scaled(value: Any, units: tuple[tuple[str, float, int], ...], gap: str) -> str:

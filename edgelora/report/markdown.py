@@ -33,7 +33,9 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
     train = [_pairs(tables.training(doc)), *_notes(tables.section(doc, "training"))]
     blocks += [_folded("Training", train)]
     versions = tables.section(doc, "versions")
-    blocks += [_folded("Machine and versions", [_pairs(tables.machine(doc)), escape(", ".join(f"{k} {v}" for k, v in versions.items() if v))])]
+    blocks += [
+        _folded("Machine and versions", [_pairs(tables.machine(doc)), escape(", ".join(f"{k} {v}" for k, v in versions.items() if v))])
+    ]
     blocks += [_folded("Commands to repeat this", [_commands(doc.get("commands") or ())])]
     return _fitting([*blocks, *_notes(doc)])
 
@@ -41,8 +43,8 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
 def escape(text: str) -> str:
     """Text that Markdown and HTML leave as it is, on one line; an @ does not notify anyone."""
     line = " ".join(visible(text).split())
-    line = _SPECIAL.sub(r"\\\g<0>", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
-    line = re.sub(r"^([-+=#]|\d+[.)])(?=\s|$|[-+=#])", r"\\\1", line)
+    line = _SPECIAL.sub(r"\\\g<0>", re.sub(r"&(?=[#\w])", "&amp;", re.sub(r"<(?=[\w/!?])", "&lt;", line)))
+    line = re.sub(r"^([-+=#>]|\d+[.)](?=\s|$))", r"\\\1", line)
     return line.replace("@", "@\u200b").replace("://", ":\u200b//")
 
 
@@ -54,7 +56,9 @@ def _verdict(doc: Mapping[str, Any]) -> str:
     count, failed = len(tables.checks(doc).rows), tables.failed(doc)
     if not count:
         return ""
-    return f"**✗ {failed} of {count} checks failed.**" if failed else f"✓ All {count} checks passed." if count > 1 else "✓ The check passed."
+    return (
+        f"**✗ {failed} of {count} checks failed.**" if failed else f"✓ All {count} checks passed." if count > 1 else "✓ The check passed."
+    )
 
 
 def _table(table: tables.Table) -> str:

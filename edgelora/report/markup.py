@@ -33,7 +33,9 @@ def tag(name: str, /, *children: object, **attributes: object) -> Markup:
 
 
 def join(children: Iterable[object]) -> Markup:
-    return Markup("".join(child if isinstance(child, Markup) else html.escape(visible(str(child))) for child in children if child is not None))
+    return Markup(
+        "".join(child if isinstance(child, Markup) else html.escape(visible(str(child))) for child in children if child is not None)
+    )
 
 
 def visible(text: str) -> str:

@@ -68,7 +68,12 @@ def curves(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label:
     everything = [p for _, points in series for p in points]
     x = axis([p[0] for p in everything], left, right)
     y = axis([p[1] for p in everything], bottom, top)
-    marks = [_text(left - 40, 14, y_label, "axis"), *_grid_y(y, left, right), *_ticks_x(x, bottom), _text(right, height - 6, x_label, "axis end")]
+    marks = [
+        _text(left - 40, 14, y_label, "axis"),
+        *_grid_y(y, left, right),
+        *_ticks_x(x, bottom),
+        _text(right, height - 6, x_label, "axis end"),
+    ]
     for i, (name, points) in enumerate(series):
         path = " ".join(f"{x.at(px)},{y.at(py)}" for px, py in points)
         marks.append(tag("polyline", points=path, class_=f"line s{i}"))
@@ -105,7 +110,16 @@ def bars(rows: Sequence[Bar], description: str) -> Markup:
         marks.append(_text(WIDTH, base + 14, row.figure, "figure end"))
         marks.append(tag("rect", x=0, y=base + 21, width=WIDTH, height=10, rx=2, class_="track"))
         marks.append(
-            tag("rect", tag("title", row.hint or f"{row.label}: {row.figure}"), x=start, y=base + 21, width=max(1.5, round(end - start, 1)), height=10, rx=2, class_=f"fill {row.series}")
+            tag(
+                "rect",
+                tag("title", row.hint or f"{row.label}: {row.figure}"),
+                x=start,
+                y=base + 21,
+                width=max(1.5, round(end - start, 1)),
+                height=10,
+                rx=2,
+                class_=f"fill {row.series}",
+            )
         )
         marks += [tag("line", x1=scale.at(s), x2=scale.at(s), y1=base + 22, y2=base + 30, class_="sample") for s in row.samples[:50]]
         if row.expected is not None:
@@ -167,9 +181,15 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Markup:
     height, left, right, top, bottom = 260, 46, 348, 32, 216
     x = axis([p.x for p in points], left + 14, right - 14, most=4)
     values = [v for p in points for v in (p.y, p.low, p.high) if known(v)]
+    # a logarithm where a linear axis would press most points onto zero
     wide = min(values) > _TINY and max(values) > 12 * min(values)
     y = axis(values, bottom, top, zero=not wide, log=wide)
-    marks = [_text(left - 40, 14, y_label, "axis"), *_grid_y(y, left, right), *_ticks_x(x, bottom, 4), _text(right, height - 6, x_label, "axis end")]
+    marks = [_text(left - 40, 14, y_label + (" (log scale)" if wide else ""), "axis"), *_grid_y(y, left, right)]
+    marks += [
+        tag("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="base"),
+        *_ticks_x(x, bottom, 4),
+        _text(right, height - 6, x_label, "axis end"),
+    ]
     taken = [(x.at(p.x) - 6, y.at(p.y) - 6, x.at(p.x) + 6, y.at(p.y) + 6) for p in points]
     for p in points:
         px, py = x.at(p.x), y.at(p.y)
@@ -216,10 +236,15 @@ def _lowest(series: tuple[str, Sequence[tuple[float, float]]], x: Axis, y: Axis,
     words = f"best {value:.3f}"
     half = text_width(words, 12) / 2
     at = min(max(x.at(step), left + half), right - half)
-    return [_dot(x.at(step), y.at(value), style, f"{series[0]}: {words} at step {step:g}", 4.5), _text(at, y.at(value) - 10, words, f"label middle halo {style}")]
+    return [
+        _dot(x.at(step), y.at(value), style, f"{series[0]}: {words} at step {step:g}", 4.5),
+        _text(at, y.at(value) - 10, words, f"label middle halo {style}"),
+    ]
 
 
-def _placed(p: Point, px: float, py: float, taken: list[tuple[float, float, float, float]], frame: tuple[float, float, float, float]) -> list[Markup]:
+def _placed(
+    p: Point, px: float, py: float, taken: list[tuple[float, float, float, float]], frame: tuple[float, float, float, float]
+) -> list[Markup]:
     """The point's label at the nearest free place around it; none when every place is taken (the hint still has it)."""
     label = shortened(p.label, 150, 12)
     wide, high = text_width(label, 12), 14

@@ -118,7 +118,19 @@ COMPARISON: dict[str, Any] = {
     "kind": str,
     "name": str,
     "runs": [{"label": str, "name": str, "created": str, "edgelora": str, "commit": str, "machine": MACHINE}],
-    "rows": [{"format": str, "type": str, "what": str, "unit": str, "better": str, "values": [float], "low": [float], "high": [float], "n": [int]}],
+    "rows": [
+        {
+            "format": str,
+            "type": str,
+            "what": str,
+            "unit": str,
+            "better": str,
+            "values": [float],
+            "low": [float],
+            "high": [float],
+            "n": [int],
+        }
+    ],
     "notes": [str],
 }
 _REQUIRED = ("schema", "name")

@@ -3,13 +3,13 @@
 CSS = """
 :root {
   color-scheme: light dark;
-  --paper: #f6f7f9; --card: #ffffff; --ink: #1b1f26; --soft: #566070; --line: #dfe3e9; --track: #eceff3;
+  --paper: #f6f7f9; --card: #ffffff; --ink: #1b1f26; --soft: #566070; --line: #dfe3e9; --track: #eceff3; --shade: #0000001a;
   --good: #14733b; --good-tint: #e4f4ea; --bad: #b3261e; --bad-tint: #fce8e6; --ref: #8b94a3;
   --s0: #1f6feb; --s1: #d5610d; --s2: #1a8754; --s3: #8a4fd0; --s4: #c02f63; --s5: #0e7f94;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --paper: #12151a; --card: #1a1e25; --ink: #e8ebf0; --soft: #9fa9b8; --line: #303742; --track: #272d36;
+    --paper: #12151a; --card: #1a1e25; --ink: #e8ebf0; --soft: #9fa9b8; --line: #303742; --track: #272d36; --shade: #000a;
     --good: #63d492; --good-tint: #16301f; --bad: #ff8a80; --bad-tint: #3a1b1a; --ref: #7d8796;
     --s0: #6cabff; --s1: #ff9a4d; --s2: #56cf92; --s3: #c09af2; --s4: #ff86ab; --s5: #52c7dc;
   }
@@ -36,15 +36,15 @@ pre { margin: 0; padding: 14px 16px; background: var(--card); border: 1px solid 
 .good { color: var(--good); font-weight: 600; }
 .bad { color: var(--bad); font-weight: 600; }
 
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin-top: 28px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); gap: 12px; margin-top: 28px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px 13px; min-width: 0; overflow-wrap: anywhere; }
-.tile .name { font-size: 13px; color: var(--soft); line-height: 1.35; }
-.tile .value { font-size: 27px; font-weight: 650; line-height: 1.25; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; margin: 2px 0; }
+.tile .name { font-size: 14px; line-height: 1.35; }
+.tile .value { font-size: 27px; font-weight: 650; line-height: 1.25; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; margin: 0 0 2px; }
 .tile .n { font-size: 13px; line-height: 1.4; }
 .tile.pass { border-color: var(--good); background: var(--good-tint); }
 .tile.fail { border-color: var(--bad); background: var(--bad-tint); }
 
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 16px; align-items: stretch; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 16px; align-items: stretch; }
 .beside { display: grid; grid-template-columns: minmax(0, 400px) minmax(0, 1fr); gap: 16px; align-items: start; }
 figure { margin: 0; padding: 16px 18px 18px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0; }
 figcaption { margin-bottom: 10px; font-size: 15px; font-weight: 600; line-height: 1.4; }
@@ -55,18 +55,26 @@ figcaption .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 
 .key i.tick { width: 2px; height: 10px; background: var(--ink); border-radius: 0; opacity: 0.55; }
 figure svg { display: block; width: 100%; max-width: 460px; height: auto; overflow: visible; }
 
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.scroll { width: fit-content; min-width: min(100%, 560px); max-width: 100%; overflow-x: auto; border: 1px solid var(--line); border-radius: 10px;
+  /* a shade at each edge beyond which there is more to scroll to */
+  background:
+    linear-gradient(to right, var(--card) 40%, transparent) 0 0 / 48px 100% no-repeat local,
+    linear-gradient(to left, var(--card) 40%, transparent) 100% 0 / 48px 100% no-repeat local,
+    linear-gradient(to right, var(--shade), transparent) 0 0 / 14px 100% no-repeat scroll,
+    linear-gradient(to left, var(--shade), transparent) 100% 0 / 14px 100% no-repeat scroll,
+    var(--card); }
 .figures + .scroll, .scroll + .scroll, .beside + .scroll { margin-top: 16px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.4; font-variant-numeric: tabular-nums; }
-th, td { padding: 9px 14px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
+th, td { padding: 9px 12px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--soft); font-weight: 500; font-size: 13px; white-space: normal; vertical-align: bottom; min-width: 5.5em; }
 td.long { white-space: normal; min-width: 16em; overflow-wrap: anywhere; }
 .right { text-align: right; }
-.interval-text { display: block; color: var(--soft); font-size: 12.5px; }
-.pairs th { font-weight: 500; color: var(--soft); width: 1%; padding-right: 24px; }
+.below { display: block; color: var(--soft); font-size: 12.5px; }
+.pairs th { width: 16em; font-weight: 500; color: var(--soft); padding-right: 24px; }
 .pairs td { white-space: normal; overflow-wrap: anywhere; }
 .pairs { max-width: 100%; }
+.two > .scroll { margin-top: 0; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; align-items: start; }
 ul.notes { margin: 14px 0 0; padding-left: 20px; color: var(--soft); font-size: 14px; max-width: 88ch; }
 
@@ -89,12 +97,14 @@ svg .figure { font-weight: 600; }
 svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
 svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
+svg .base { stroke: var(--soft); stroke-width: 1; opacity: 0.6; }
 svg .track { fill: var(--track); }
 svg .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; stroke: var(--c); }
+svg .line.s0:not(:last-of-type) { opacity: 0.6; stroke-width: 1.3; }
 svg .fill { fill: var(--c); }
 svg .dot { fill: var(--c); stroke: var(--card); stroke-width: 1.5; }
 svg text[class*=" s"].label.middle { fill: var(--c); font-size: 12px; font-weight: 600; }
-svg .interval { stroke: var(--c); stroke-width: 5; stroke-linecap: round; opacity: 0.35; }
+svg .interval { stroke: color-mix(in srgb, var(--c) 38%, var(--card)); stroke-width: 5; stroke-linecap: round; }
 svg .interval.thin { stroke-width: 3; }
 svg .link { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 3; }
 svg .leader { stroke: var(--soft); stroke-width: 0.8; }
@@ -116,10 +126,10 @@ i.ref, i.s0, i.s1, i.s2, i.s3, i.s4, i.s5 { color: var(--c); }
   figure { padding: 13px 14px 15px; }
   th, td { padding: 8px 11px; }
   .pairs th { white-space: normal; width: 38%; padding-right: 12px; }
-  td.long { min-width: 11em; }
+  td:not(.right, .good, .bad) { white-space: normal; overflow-wrap: anywhere; min-width: 7.5em; }
 }
 @media print {
-  :root { color-scheme: light; --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --track: #eee;
+  :root { color-scheme: light; --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --track: #eee; --shade: #0000;
     --good: #14733b; --good-tint: #fff; --bad: #b3261e; --bad-tint: #fff; --ref: #8b94a3;
     --s0: #1f6feb; --s1: #d5610d; --s2: #1a8754; --s3: #8a4fd0; --s4: #c02f63; --s5: #0e7f94; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

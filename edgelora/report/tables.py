@@ -68,24 +68,26 @@ def files(doc: Row) -> Table:
             Column("File", text("file"), numeric=False),
             Column("Format", lambda row: " ".join(filter(None, (row.get("format"), row.get("type")))), numeric=False),
             Column("Runtime", text("runtime"), numeric=False),
-            Column("Size", _of("size_bytes", f.size)),
-            Column("Predicted size", _of("predicted_bytes", f.size)),
+            Column(
+                "Size", lambda row: f.aside(f.size(row.get("size_bytes")), _labelled("predicted: ", f.size(row.get("predicted_bytes"))))
+            ),
             Column("KL, nats a token", lambda row: f.within(row.get("kl"), row.get("kl_low"), row.get("kl_high"), f.number)),
             Column("Same top token", _of("top1", f.percent)),
             Column("n", lambda row: f.sample(None, row.get("tokens"))),
-            Column("Tokenizer and template", parity, numeric=False),
+            Column("Tokenizer, template", parity, numeric=False),
             Column("SHA-256", lambda row: (row.get("sha256") or "")[:12], numeric=False),
         ],
     )
 
 
 def parity(row: Row) -> str:
-    """'✓ tokens and template equal', or what differs."""
-    facts = {"tokens": row.get("tokens_equal"), "template": row.get("template_equal")}
-    if False in facts.values():
-        return FAIL + " and ".join(name for name, same in facts.items() if same is False) + " differ"
-    same = [name for name, equal in facts.items() if equal]
-    return f"{PASS}{' and '.join(same)} equal" if same else ""
+    """'✓ both equal', or which one differs or was compared."""
+    tokens, template = row.get("tokens_equal"), row.get("template_equal")
+    if tokens is False or template is False:
+        return FAIL + ("both differ" if tokens is template else "tokens differ" if tokens is False else "template differs")
+    if tokens and template:
+        return f"{PASS}both equal"
+    return f"{PASS}tokens equal" if tokens else f"{PASS}template equal" if template else ""
 
 
 def losses(doc: Row) -> Table:
@@ -136,10 +138,16 @@ def bench(doc: Row) -> Table:
             Column("Decode, tok/s", _of("decode_tok_per_s", f.number)),
             Column("Peak memory", _of("peak_rss_bytes", f.size)),
             Column("CPU a token", lambda row: f.ms(_times(row.get("cpu_s_per_token"), 1000))),
-            Column("Weights read, GB/s", _of("bandwidth_gb_per_s", f.number)),
-            Column("Share of memory bandwidth", lambda row: f.percent(row.get("bandwidth_share"), 0)),
-            Column("Machine load", _of("load_average", f.number)),
+            Column("Weights read", bandwidth),
+            Column("Load average", lambda row: f.number(row.get("load_average"), 2)),
         ],
+    )
+
+
+def bandwidth(row: Row) -> str:
+    """'6.89 GB/s (47 % of the ceiling)': what decoding reads a second, and its share of what the memory can give."""
+    return f.aside(
+        _unit(f.number(row.get("bandwidth_gb_per_s")), "GB/s"), _unit(f.percent(row.get("bandwidth_share"), 0), "of the ceiling")
     )
 
 
@@ -166,12 +174,16 @@ def checks(doc: Row) -> Table:
     return tabulate(
         rows(doc, "checks"),
         [
+            Column("Result", lambda row: _verdict(row.get("ok")), numeric=False),
             Column("Check", text("what"), numeric=False),
             Column("Limit", text("limit")),
             Column("Measured", text("value")),
-            Column("Result", lambda row: {True: f"{PASS}passed", False: f"{FAIL}failed"}.get(row.get("ok"), ""), numeric=False),
         ],
     )
+
+
+def _verdict(ok: bool | None) -> str:
+    return "" if ok is None else f"{PASS}passed" if ok else f"{FAIL}failed"
 
 
 def failed(doc: Row) -> int:
@@ -184,22 +196,20 @@ def training(doc: Row) -> list[tuple[str, str]]:
     predicted, measured = section(train, "predicted"), section(train, "measured")
 
     def against(key: str, show: Callable[[Any], str]) -> str:
-        found, guess = show(measured.get(key)), show(predicted.get(key))
-        return f"{found} (predicted: {guess})" if found and guess else found or (guess and f"predicted: {guess}")
+        return f.aside(show(measured.get(key)), _labelled("predicted: ", show(predicted.get(key))))
 
     share = f.percent(train.get("trained_share"), 2)
     parameters = f.count(train.get("trained_parameters"))
     total = f.count(train.get("total_parameters"))
-    full = f.size(train.get("full_finetune_bytes"))
     pairs = [
         ("Method", train.get("method") or ""),
         ("Base model", train.get("base") or ""),
         ("Trained parameters", parameters + (f" of {total}" if parameters and total else "")),
         ("Trained share", share),
         ("Data", f.sample(train.get("rows"), train.get("tokens"))),
-        ("Epochs", f.number(train.get("epochs"))),
+        ("Epochs", f.plainest(train.get("epochs"))),
         ("Peak memory", against("peak_rss_bytes", f.size)),
-        ("Full fine-tuning would need", full and f"predicted: {full}"),
+        ("Full fine-tuning would need", _labelled("predicted: ", f.size(train.get("full_finetune_bytes")))),
         ("Time", against("seconds", f.seconds)),
         ("Speed", _unit(f.number(measured.get("tokens_per_s")), "tokens/s")),
         ("Size of the merged 16-bit model", f.size(train.get("model_16bit_bytes"))),
@@ -218,7 +228,7 @@ def machine(doc: Row) -> list[tuple[str, str]]:
         ("GPU", values.get("gpu") or ""),
         ("Operating system", values.get("os") or ""),
         ("Python", values.get("python") or ""),
-        ("Load average at the start", f.number(values.get("load_average"))),
+        ("Load average at the start", f.number(values.get("load_average"), 2)),
         ("edgelora", doc.get("edgelora") or ""),
         ("Commit", doc.get("commit") or ""),
         ("Date", doc.get("created") or ""),
@@ -268,6 +278,10 @@ def _loss_words(row: Row) -> str:
 
 def _times(value: Any, factor: float) -> Any:
     return value * factor if f.known(value) else None
+
+
+def _labelled(label: str, figure: str) -> str:
+    return figure and label + figure
 
 
 def _unit(figure: str, unit: str) -> str:

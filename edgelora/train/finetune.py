@@ -26,7 +26,13 @@ def finetune(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: P
     The folder holds PEFT's adapter_model.safetensors and adapter_config.json; the facts hold the loss curves, the
     share of trained parameters, and predicted beside measured memory (bytes) and time (seconds).
     """
-    section = {"train": recipes.as_dict(recipe.train), "seed": recipe.seed, "system": recipe.data.system, "base": recipe.base, "threads": recipe.threads}
+    section = {
+        "train": recipes.as_dict(recipe.train),
+        "seed": recipe.seed,
+        "system": recipe.data.system,
+        "base": recipe.base,
+        "threads": recipe.threads,
+    }
     return artifact.build(
         out,
         "adapter",
@@ -126,7 +132,9 @@ def _with_adapter(model: Any, train: recipes.Train) -> Any:
         wanted = [train.targets] if isinstance(train.targets, str) else train.targets
         unknown = [target for target in wanted if target not in known]
         if unknown:
-            raise ModelError(f"train.targets: the base has no {', '.join(unknown)}", f"its linear layers: {', '.join(known)}; or write all-linear")
+            raise ModelError(
+                f"train.targets: the base has no {', '.join(unknown)}", f"its linear layers: {', '.join(known)}; or write all-linear"
+            )
     if train.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

@@ -27,7 +27,11 @@ def arithmetic(wish: str) -> tuple[Any, str]:
     from edgelora import machine
 
     on_gpu = device() == "cuda"
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bool({"avx512_bf16", "amx_bf16", "bf16"} & set(machine.describe()["cpu_features"]))
+    bf16 = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if on_gpu
+        else bool({"avx512_bf16", "amx_bf16", "bf16"} & set(machine.describe()["cpu_features"]))
+    )
     if wish == "auto":
         return (torch.bfloat16 if bf16 else torch.float16 if on_gpu else torch.float32), ""
     if wish == "fp16" and not on_gpu:
@@ -53,7 +57,9 @@ def load_base(folder: Path, method: Method, dtype: Any) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
-        raise ModelError(f"{folder.name} cannot be loaded as a base: {error}", "see `edgelora doctor`; the folder needs config.json and *.safetensors") from error
+        raise ModelError(
+            f"{folder.name} cannot be loaded as a base: {error}", "see `edgelora doctor`; the folder needs config.json and *.safetensors"
+        ) from error
     _one_path(model)
     model.config.use_cache = False
     return model

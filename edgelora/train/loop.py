@@ -82,7 +82,8 @@ class Watch(TrainerCallback):
             loss = float(logs["loss"])
             if loss != loss or loss == float("inf"):
                 raise EdgeloraError(
-                    f"the training loss is {loss} at step {state.global_step}", "lower train.lr (try a tenth), or use train.dtype bf16 or fp32"
+                    f"the training loss is {loss} at step {state.global_step}",
+                    "lower train.lr (try a tenth), or use train.dtype bf16 or fp32",
                 )
             self.progress(state.global_step / max(1, state.max_steps), f"step {state.global_step}/{state.max_steps}  loss {loss:.3f}")
 
