@@ -81,25 +81,26 @@ def tiny_model(arch: str, folder: Path, *, tokenizer: str | None = None, dtype: 
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(_random(name, weight).half().float())
+            weight.copy_(_random(name, weight, arch.startswith("gemma")).half().float())
     model.to(dtype).save_pretrained(folder)
     return folder
 
 
-def _random(name: str, weight: torch.Tensor) -> torch.Tensor:
+def _random(name: str, weight: torch.Tensor, gemma: bool) -> torch.Tensor:
     if name.endswith("norm.weight"):
         return weight + 0.3 * torch.randn_like(weight)  # around what transformers starts with: zero for Gemma, else one
     if weight.ndim == 1:
         return 0.5 * torch.randn_like(weight)
     if "embed_tokens" in name or "lm_head" in name:
-        return 0.4 * torch.randn_like(weight)
+        # Gemma multiplies embeddings by sqrt(hidden_size) and gives its final norm a gain around one.
+        return (0.15 if gemma else 0.4) * torch.randn_like(weight)
     # Queries and keys twice as large, so that attention picks rather than averages.
     gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.5
     return gain * torch.randn_like(weight) / weight.shape[-1] ** 0.5
 
 
 def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """A small BPE tokenizer trained on TEXTS: smollm, gpt-2, qwen2, llama-bpe, sentencepiece or gemma."""
+    """A small BPE tokenizer trained on TEXTS: smollm, gpt-2, qwen2, llama-bpe, sentencepiece, metaspace or gemma."""
     backend = _SPM[kind](TEXTS) if kind in _SPM else _byte_level(kind)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -171,4 +172,12 @@ def _gemma_style(texts: list[str]) -> Tokenizer:
     return backend
 
 
-_SPM = {"sentencepiece": _llama_style, "gemma": _gemma_style}
+def _metaspace_style(texts: list[str]) -> Tokenizer:
+    """Newer Llama and Mistral files: only the very beginning of a text gets a space put before it."""
+    backend = _llama_style(texts)
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return backend
+
+
+_SPM = {"sentencepiece": _llama_style, "metaspace": _metaspace_style, "gemma": _gemma_style}

@@ -59,8 +59,6 @@ def read(
 
     With ``answered=False`` the rows are questions alone, each waiting for its answer.
 
-    With ``answered=False`` the rows are questions alone, each waiting for its answer.
-
     Raises DataError with the line number for a file that is missing, of another encoding, malformed or without rows.
     """
     if path.suffix.lower() not in (*_DELIMITERS, ".json", ".jsonl"):
@@ -107,6 +105,7 @@ def _delimited(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, Map
     # Tab-separated files carry quotation marks as text; comma-separated ones as quotes.
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     old_limit = csv.field_size_limit(_MAX_CELL)
+    last = 0
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
         names = list(reader.fieldnames or [])
@@ -117,7 +116,7 @@ def _delimited(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, Map
             yield last + 1, record
             last = reader.line_num
     except csv.Error as error:
-        raise DataError(f"{path.name} line {reader.line_num}: {error}", "look for an unclosed quotation mark") from error
+        raise DataError(f"{path.name} line {last + 1}: {error}", "look for an unclosed quotation mark in that row") from error
     finally:
         csv.field_size_limit(old_limit)
 

@@ -41,7 +41,7 @@ def render(template: str | None, messages: Sequence[tuple[str, str]], special_to
             if length > _MAX_TEXT:
                 raise ModelError("the file's chat template writes without end", "do not trust this file")
             pieces.append(piece)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
         raise ModelError(
             f"the file's chat template fails: {error}", "export it again from a model whose template takes user and assistant turns"
         ) from error

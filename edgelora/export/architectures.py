@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Change = Callable[["torch.Tensor", Any], "torch.Tensor"]
 Metadata = dict[str, Any]
 
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+
 
 @dataclass(frozen=True)
 class Source:
@@ -48,6 +50,8 @@ class Architecture:
 
     def tensors(self, config: Any) -> dict[str, Source]:
         """GGUF name -> source, in file order, for the whole model."""
+        if not 0 < config.num_hidden_layers <= _MAX_LAYERS:
+            raise ModelError(f"{config.num_hidden_layers} layers", f"llama.cpp runs models of 1 to {_MAX_LAYERS} layers")
         named = {"token_embd.weight": Source("model.embed_tokens.weight")}
         for i in range(config.num_hidden_layers):
             for name, source in self.layer.items():

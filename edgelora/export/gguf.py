@@ -191,7 +191,10 @@ def _packed(tensor: _Tensor, layout: _Layout, importance: Importance | None) -> 
         return
     weight = layout.checkpoint.tensor(tensor.source.name)
     if tensor.source.change is not None:
-        weight = tensor.source.change(weight, layout.config)
+        try:
+            weight = tensor.source.change(weight, layout.config)
+        except RuntimeError as error:
+            raise ModelError(f"{tensor.source.name} of shape {tensor.shape} does not fit config.json: {error}", "copy the model again") from error
     weight = weight.reshape(-1, tensor.shape[-1])
     rows = max(1, _VALUES_AT_ONCE // tensor.shape[-1])
     for first in range(0, weight.shape[0], rows):

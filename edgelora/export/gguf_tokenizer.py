@@ -63,9 +63,7 @@ def metadata(model: Path, vocabulary: int) -> dict[str, Any]:
     _check_distinct(texts)
     keys |= {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": [int(t) for t in types]}
     keys |= _special(tokenizer, model)
-    if isinstance(tokenizer.chat_template, str):
-        keys["tokenizer.chat_template"] = tokenizer.chat_template
-    return keys
+    return keys | _chat_templates(tokenizer.chat_template)
 
 
 def _load(model: Path) -> Any:
@@ -85,7 +83,7 @@ def _tokens(vocab: dict[str, int], added: Iterable[dict[str, Any]], size: int) -
     texts = [f"[PAD{i}]" for i in range(size)]
     types = [TokenType.UNUSED] * size
     added = list(added)
-    biggest = max([*vocab.values(), *(token["id"] for token in added)])
+    biggest = max([*vocab.values(), *(token["id"] for token in added)], default=-1)
     if biggest >= size:
         raise ModelError(f"the tokenizer has id {biggest} but the model only {size} rows of embedding", "resize the embedding before export")
     for text, i in vocab.items():
@@ -187,6 +185,17 @@ def _special(tokenizer: Any, model: Path) -> dict[str, Any]:
     }
     keys: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
     return keys | {"tokenizer.ggml.add_bos_token": bool(before), "tokenizer.ggml.add_eos_token": bool(after)}
+
+
+def _chat_templates(template: str | dict[str, str] | None) -> dict[str, Any]:
+    """The template verbatim; of several, 'default' is the one that llama.cpp uses."""
+    if not isinstance(template, dict):
+        return {"tokenizer.chat_template": template} if template else {}
+    others = {name: text for name, text in template.items() if name != "default"}
+    keys: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
+    if others:
+        keys["tokenizer.chat_templates"] = list(others)
+    return keys | _chat_templates(template.get("default"))
 
 
 def _stop_ids(model: Path, eos: int | None) -> list[int]:

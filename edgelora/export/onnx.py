@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import onnx
 
-from edgelora.errors import EdgeloraError, ModelError
+from edgelora.errors import EdgeloraError, ModelError, Unsupported
 from edgelora.runtime import onnx_runtime
 
 DEFAULT_TYPE = "int4-mixed"
@@ -36,14 +38,24 @@ TYPES = {
 RUNTIME = "onnxruntime"
 REQUIRES = ("onnx", "onnxruntime", "onnxruntime_genai", "tokenizers")
 
+_BLOCK = 32  # weights that share a scale
+_DATA = f"{onnx_runtime.GRAPH}.data"
 _BUILDER = {  # type -> the builder's --precision and --extra_options
     "int4": ("int4", ("algo_config=default",)),
     "int4-mixed": ("int4", ("algo_config=k_quant_mixed",)),
     "int8": ("int8", ("algo_config=default",)),
     "fp32": ("fp32", ()),
 }
-_KEPT = re.compile(r"model\.onnx(\.data)?|genai_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template.*|vocab.*|merges\.txt")
-_PRIVATE_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "local_files_only", "is_local")  # where the model lay, and how it was found
+_KEPT = re.compile(
+    r"model\.onnx(\.data)?|genai_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template.*|vocab.*|merges\.txt"
+)
+_PRIVATE_KEYS = (
+    "_name_or_path",
+    "_model_name_or_path",
+    "name_or_path",
+    "local_files_only",
+    "is_local",
+)  # where the model lay, and how it was found
 
 Progress = Callable[[float, str], None]
 
@@ -57,6 +69,8 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
     """
     if type not in TYPES:
         raise EdgeloraError(f"onnx has no type {type!r}", f"choose one of {', '.join(TYPES)}")
+    config, shapes = _config(model), _shapes(model)
+    tied = _is_tied(config, shapes)
     target = folder / f"{name}-{type}-onnx"
     scratch = folder / ".onnx-builder"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -64,9 +78,11 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
         built = scratch / "model"
         for place in (built, scratch / "home", scratch / "tmp"):
             place.mkdir(parents=True)
-        _run_builder(model.resolve(), type, scratch.resolve(), progress)
+        _run_builder(
+            model.resolve(), _builder_options(type, shapes), scratch.resolve(), int(config.get("num_hidden_layers") or 1), progress
+        )
         progress(0.9, "tidying the graph")
-        _tidy_graph(built)
+        _tidy_graph(built, type, tied)
         _tidy_files(model, built)
         progress(0.95, "opening it in ONNX Runtime")
         with onnx_runtime.open(built, threads=1) as session:
@@ -79,13 +95,88 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
     return target
 
 
-def _run_builder(model: Path, type: str, scratch: Path, progress: Progress) -> None:
-    """Run the builder into ``scratch/model``; ModelError with the last meaningful line of its output when it fails."""
+def predict_bytes(model: Path, type: str) -> int:
+    """Estimate the bytes of the folder that `write` would leave, from config.json and the safetensors headers alone.
+
+    Weights are counted exactly as the presets store them; the graph is taken as some hundred bytes for every tensor.
+    """
+    if type not in TYPES:
+        raise EdgeloraError(f"onnx has no type {type!r}", f"choose one of {', '.join(TYPES)}")
+    config, shapes = _config(model), _shapes(model)
+    layers, block = int(config.get("num_hidden_layers") or 1), _block(type, shapes)
+    packed = not any("q_norm" in name for name in shapes)  # the builder joins q, k and v: they share their bits
+    total = _rope_bytes(config)
+    head = shapes.get("lm_head.weight") or shapes["model.embed_tokens.weight"]
+    for name, shape in shapes.items():
+        if len(shape) != 2:
+            total += 4 * math.prod(shape)
+        elif name not in ("model.embed_tokens.weight", "lm_head.weight"):
+            total += _matrix_bytes(shape, type, block, _in_eight_bits(name, layers, packed))
+    total += _matrix_bytes(head, type, block, eight=True)
+    if type != "fp32" and not _is_tied(config, shapes):
+        total += _matrix_bytes(shapes["model.embed_tokens.weight"], "int8", _BLOCK, eight=True)
+    elif not _is_tied(config, shapes):
+        total += 4 * math.prod(head)
+    total += len(shapes) * {"fp32": 600, "int4-mixed": 950}.get(type, 800)
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
+    return total + sum((model / n).stat().st_size for n in names if (model / n).is_file())
+
+
+def _matrix_bytes(shape: Sequence[int], type: str, block: int, eight: bool) -> int:
+    """A matrix of (outputs, inputs): packed values, a float32 scale a block, and a zero point a block for k-quant."""
+    rows, width = shape
+    if type == "fp32":
+        return 4 * rows * width
+    blocks = -(-width // block)
+    bits = 8 if type == "int8" or (eight and type == "int4-mixed") else 4
+    zeros = -(-blocks * bits // 8) if type == "int4-mixed" else 0
+    return rows * (blocks * (block * bits // 8 + 4) + zeros)
+
+
+def _in_eight_bits(name: str, layers: int, packed: bool) -> bool:
+    """Whether the builder's k_quant_mixed keeps this matrix in 8 bits: llama.cpp's use_more_bits() on value and down."""
+    match = re.search(r"\.layers\.(\d+)\..*?(\w+)\.weight$", name)
+    if not match:
+        return False
+    i = int(match[1])
+    sensitive = i < layers / 8 or i >= 7 * layers / 8 or (i - round(layers / 8)) % 3 == 2
+    return sensitive and match[2] in ("v_proj", "qkv_proj", "down_proj", *(("q_proj", "k_proj") if packed else ()))
+
+
+def _rope_bytes(config: Mapping[str, Any]) -> int:
+    """The tables of cosines and sines, float32, a row for every position the model knows."""
+    head = config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))
+    rope = config.get("rope_parameters") or {}
+    tables = sum(isinstance(value, dict) for value in rope.values()) or 1  # one for each kind of layer
+    return int(tables * config.get("max_position_embeddings", 0) * head * 4)
+
+
+def _is_tied(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> bool:
+    return bool(config.get("tie_word_embeddings", "lm_head.weight" not in shapes))
+
+
+def _block(type: str, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Values that share a scale: 32, or 16 where k-quant meets rows of an odd number of 32s.
+
+    Its 4-bit zero points are packed two to a byte over the whole matrix, so an odd number of blocks a row fails with
+    "cannot reshape array" (onnxruntime, quantization/neural_compressor/weight_only.py).
+    """
+    widths = {shape[1] for shape in shapes.values() if len(shape) == 2}
+    for block in (_BLOCK, _BLOCK // 2):
+        if type != "int4-mixed" or all(-(-width // block) % 2 == 0 for width in widths):
+            return block
+    raise Unsupported(f"int4-mixed cannot pack matrices {min(widths)} to {max(widths)} wide", "export type int4, int8 or a GGUF instead")
+
+
+def _builder_options(type: str, shapes: Mapping[str, Sequence[int]]) -> list[str]:
     precision, options = _BUILDER[type]
+    return ["--precision", precision, "--extra_options", "hf_token=false", *options, f"block_size={_block(type, shapes)}"]
+
+
+def _run_builder(model: Path, options: Sequence[str], scratch: Path, layers: int, progress: Progress) -> None:
+    """Run the builder into ``scratch/model``; ModelError with the last meaningful line of its output when it fails."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "--input", str(model), "--output", str(scratch / "model")]
-    command += ["--precision", precision, "--execution_provider", "cpu", "--cache_dir", str(scratch / "cache")]
-    command += ["--extra_options", "hf_token=false", *options]
-    layers = max(1, int(_config(model).get("num_hidden_layers") or 1))
+    command += ["--execution_provider", "cpu", "--cache_dir", str(scratch / "cache"), *options]
     tail: collections.deque[str] = collections.deque(maxlen=200)
     # Its own working folder, so that no onnx.py of the user's is imported; its own session, so that it dies whole.
     process = subprocess.Popen(
@@ -119,10 +210,13 @@ def _failure(tail: collections.deque[str], code: int, model: Path) -> Exception:
             return OSError(f"the ONNX builder: {line}")
     if code < 0:
         return ModelError(
-            f"the ONNX builder was ended by {signal.Signals(-code).name} on {model.name}", "this is usually too little memory: close other programs"
+            f"the ONNX builder was ended by {signal.Signals(-code).name} on {model.name}",
+            "this is usually too little memory: close other programs",
         )
     last = next((line for line in reversed(tail) if line.strip() and not line.startswith((" ", "Progress:"))), "no output")
-    return ModelError(f"the ONNX builder cannot export {model.name}: {last[:400]}", "export it as GGUF instead, or report this line to onnxruntime-genai")
+    return ModelError(
+        f"the ONNX builder cannot export {model.name}: {last[:400]}", "export it as GGUF instead, or report this line to onnxruntime-genai"
+    )
 
 
 def _environment(scratch: Path) -> dict[str, str]:
@@ -164,11 +258,11 @@ def _config(model: Path) -> dict[str, Any]:
     return values
 
 
-def _tidy_graph(folder: Path) -> None:
-    """Strip what tells where and when the graph was made, and write the cache's last dimension as a number.
+def _tidy_graph(folder: Path, type: str, tied: bool) -> None:
+    """Strip what tells where and when the graph was made, name the cache's head size, hold the embedding in few bits.
 
-    The builder stamps the commit of whatever git checkout it runs in into producer_version. It leaves that dimension
-    symbolic, where transformers.js and our runtime want to read the head size.
+    The builder stamps the commit of whatever git checkout it runs in into producer_version. It leaves the cache's last
+    dimension symbolic, where transformers.js and our runtime want to read the head size.
     """
     path = folder / onnx_runtime.GRAPH
     model = onnx.load(path, load_external_data=False)
@@ -180,7 +274,138 @@ def _tidy_graph(folder: Path) -> None:
     for part in (model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
+    table = _quantize_embedding(model.graph, folder, tied) if type != "fp32" else {}
+    _repack(model.graph, folder, table)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _quantize_embedding(graph: onnx.GraphProto, folder: Path, tied: bool) -> dict[str, np.ndarray]:
+    """Look embeddings up in a quantized table; returns the arrays that are to be written.
+
+    Tied: the head's own table under a second name (two initializers, the same bytes of the data file). The builder
+    reshapes the head's table at run time instead, which ONNX Runtime folds into a second copy in memory, or keeps the
+    whole table in float32 beside it (int8). Untied: 8 bits in blocks of 32, q = round(w / s) + 128, s = max|w| / 127.
+    """
+    lookup = next(n for n in graph.node if n.name.startswith("/model/embed_tokens/") and "input_ids" in n.input)
+    head = next(n for n in graph.node if n.name.startswith("/lm_head/") and n.op_type == "MatMulNBits")
+    tensors = {t.name: t for t in graph.initializer}
+    settings = {a.name: a.i for a in head.attribute}
+    if settings["K"] % settings["block_size"]:  # padded rows; the builder's own lookup cuts the padding off
+        return {}
+    arrays: dict[str, np.ndarray] = {}
+    if tied:
+        table = onnx.TensorProto()
+        table.CopyFrom(tensors[head.input[1]])
+        table.name = "model.embed_tokens.weight_quantized"
+        table.dims[:] = [settings["N"], settings["K"] * settings["bits"] // 8]
+        names, bits, block = [table.name, *head.input[2:]], settings["bits"], settings["block_size"]
+        graph.initializer.append(table)
+    else:
+        bits, block = 8, _BLOCK
+        table, scales = _round_rows(_external_array(tensors[lookup.input[0]], folder), block)
+        arrays = {"model.embed_tokens.weight_quantized": table, "model.embed_tokens.weight_scales": scales}
+        names = list(arrays)
+        graph.initializer.extend(
+            onnx.helper.make_tensor(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape, b"", raw=True) for n, a in arrays.items()
+        )
+    _remove(graph, lookup.input[0])
+    quantized = onnx.helper.make_node(
+        "GatherBlockQuantized",
+        [names[0], "input_ids", *names[1:]],
+        [lookup.output[0]],
+        "/model/embed_tokens/GatherBlockQuantized",
+        domain="com.microsoft",
+        bits=bits,
+        block_size=block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    lookup.CopyFrom(quantized)
+    return arrays
+
+
+def _round_rows(weight: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, width) float32 -> uint8 of the same shape and float32 scales (rows, width / block)."""
+    rows, width = weight.shape
+    table, scales = np.empty((rows, width), np.uint8), np.empty((rows, width // block), np.float32)
+    for start in range(0, rows, 4096):  # a vocabulary of 262k rows is not held in float32
+        part = np.asarray(weight[start : start + 4096]).reshape(-1, width // block, block)
+        scale = np.abs(part).max(axis=-1) / np.float32(127)
+        steps = np.rint(part / np.where(scale == 0, np.float32(1), scale)[..., None]) + 128
+        table[start : start + 4096], scales[start : start + 4096] = steps.reshape(-1, width), scale
+    return table, scales
+
+
+def _external_array(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
+    entry = {e.key: e.value for e in tensor.external_data}
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return np.memmap(folder / entry["location"], dtype, "r", int(entry["offset"]), tuple(tensor.dims))
+
+
+def _remove(graph: onnx.GraphProto, name: str) -> None:
+    """Take the initializer `name`, or the node that makes it, out of the graph."""
+    for tensor in [t for t in graph.initializer if t.name == name]:
+        graph.initializer.remove(tensor)
+    for node in [n for n in graph.node if name in n.output]:
+        graph.node.remove(node)
+    for value in [v for v in graph.value_info if v.name == name]:
+        graph.value_info.remove(value)
+
+
+def _repack(graph: onnx.GraphProto, folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write the data file anew with what the graph still names, `arrays` included; equal spans are written once.
+
+    Tensors of a mebibyte and more start at a multiple of 64 KiB, so that every system can map them into memory.
+    """
+    source, target = folder / _DATA, folder / f"{_DATA}.new"
+    written: dict[tuple[str, str], int] = {}
+    with source.open("rb") as old, target.open("wb") as new:
+        for tensor in graph.initializer:
+            entry = {e.key: e.value for e in tensor.external_data}
+            array = arrays.get(tensor.name)
+            length = int(entry["length"]) if array is None else array.nbytes
+            span = (tensor.name, "") if array is not None else (entry["offset"], entry["length"])
+            if span not in written:
+                new.seek(-new.tell() % (1 << 16 if length >= 1 << 20 else 64), os.SEEK_CUR)
+                written[span] = new.tell()
+                if array is None:
+                    old.seek(int(entry["offset"]))
+                    _copy(old, new, length)
+                else:
+                    new.write(array.data)
+            tensor.ClearField("raw_data")
+            del tensor.external_data[:]
+            for key, value in (("location", _DATA), ("offset", written[span]), ("length", length)):
+                tensor.external_data.add(key=key, value=str(value))
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+    target.replace(source)
+
+
+def _copy(old: BinaryIO, new: BinaryIO, length: int) -> None:
+    while length:
+        block = old.read(min(length, 1 << 22))
+        if not block:
+            raise ModelError("the ONNX builder wrote a data file that is too short", "run the export again")
+        new.write(block)
+        length -= len(block)
+
+
+def _shapes(model: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor, from the headers of the *.safetensors files."""
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(model.glob("*.safetensors")):
+        try:
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                if length > path.stat().st_size:
+                    raise ValueError("its header is longer than the file")
+                header = json.loads(stream.read(length))
+            shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, LookupError, TypeError) as error:
+            raise ModelError(f"{path} is damaged: {error}", "save the model again") from error
+    if "model.embed_tokens.weight" not in shapes:
+        raise ModelError(f"{model} holds no tensor model.embed_tokens.weight", "only decoder models saved by transformers are exported")
+    return shapes
 
 
 def _tidy_files(model: Path, built: Path) -> None:

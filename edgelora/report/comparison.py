@@ -5,11 +5,12 @@ threads and prompt length agree too. Every later run is set against the first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from edgelora.errors import UsageError
 from edgelora.report import figures as f
-from edgelora.report.schema import SCHEMA
+from edgelora.report.schema import SCHEMA, is_comparison
 from edgelora.report.tables import Column, Row, Table, rows, section, tabulate, text
 
 _SHOW = {
@@ -19,6 +20,7 @@ _SHOW = {
     "tok/s": lambda v: f.number(v) and f"{f.number(v)} tok/s",
     "ms": f.ms,
 }
+SIZE, KL = "size", "KL to the trained model"
 _Key = tuple[str, str, str, str]  # format, type, what, unit
 _Cell = tuple[Any, Any, Any, Any]  # value, low, high, n
 
@@ -31,6 +33,8 @@ def compare(docs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     if len(docs) < 2:
         raise UsageError(f"a comparison needs two or more reports, found {len(docs)}", "name several report.json files or run folders")
+    if any(map(is_comparison, docs)):
+        raise UsageError("a comparison cannot be compared again", "name the reports that it was made from")
     found: list[dict[_Key, _Cell]] = [dict(reversed(list(_measures(doc)))) for doc in docs]  # of two equal keys the first counts
     keys = list(dict.fromkeys(key for doc in docs for key, _ in _measures(doc)))
     order = {kind: i for i, kind in enumerate(dict.fromkeys(key[:2] for key in keys))}
@@ -73,10 +77,12 @@ def tables_of(doc: Row) -> list[tuple[str, Table]]:
             Column("Machine", lambda run: section(run, "machine").get("class") or "", numeric=False),
         ],
     )
-    kinds = dict.fromkeys(kind_of(row) for row in rows(doc, "rows"))
     columns = [Column("Measure", text("what"), numeric=False)]
-    columns += [Column(run.get("label") or f"run {i + 1}", lambda row, i=i: _cell(row, i)) for i, run in enumerate(runs)]  # type: ignore[misc]
-    return [("Runs", listed)] + [(kind, tabulate([row for row in rows(doc, "rows") if kind_of(row) == kind], columns)) for kind in kinds]
+    columns += [Column(run.get("label") or f"run {i + 1}", partial(_cell, i)) for i, run in enumerate(runs)]
+    kinds: dict[str, list[Row]] = {}
+    for row in rows(doc, "rows"):
+        kinds.setdefault(kind_of(row), []).append(row)
+    return [("Runs", listed)] + [(kind, tabulate(joined, columns)) for kind, joined in kinds.items()]
 
 
 def kind_of(row: Row) -> str:
@@ -89,7 +95,7 @@ def entry(row: Row, key: str, i: int) -> Any:
     return values[i] if i < len(values) else None
 
 
-def _cell(row: Row, i: int) -> str:
+def _cell(i: int, row: Row) -> str:
     """'98.4 MB (-6.7 %)': the figure, its interval, and how far it is from the first run's."""
     show = _SHOW.get(row.get("unit") or "", f.number)
     value, first = entry(row, "values", i), entry(row, "values", 0)
@@ -106,23 +112,33 @@ def _measures(doc: Row) -> Iterator[tuple[_Key, _Cell]]:
     kinds: dict[Any, tuple[str, str]] = {}
     for file in rows(doc, "files"):
         kinds[file.get("file")] = kind = (file.get("format") or "", file.get("type") or "")
-        yield from _measure(kind, "size", "bytes", file.get("size_bytes"))
-        yield from _measure(
-            kind, "KL to the trained model", "nats", file.get("kl"), file.get("kl_low"), file.get("kl_high"), file.get("tokens")
-        )
+        yield from _measure(kind, SIZE, "bytes", file.get("size_bytes"))
+        yield from _measure(kind, KL, "nats", file.get("kl"), file.get("kl_low"), file.get("kl_high"), file.get("tokens"))
         yield from _measure(kind, "same top token", "share", file.get("top1"), n=file.get("tokens"))
     for row in rows(doc, "losses"):
         if row.get("file") in kinds:
             kind = kinds[row.get("file")]
             after = section(row, "after")
             yield from _measure(
-                kind, f"loss on {row.get('set')}", "nats", after.get("loss"), after.get("low"), after.get("high"), row.get("tokens")
+                kind,
+                f"loss on {row.get('set') or 'held-out rows'}",
+                "nats",
+                after.get("loss"),
+                after.get("low"),
+                after.get("high"),
+                row.get("tokens"),
             )
     for row in rows(doc, "accuracy"):
         if row.get("file") in kinds:
             kind = kinds[row.get("file")]
             yield from _measure(
-                kind, f"accuracy on {row.get('set')}", "share", row.get("after"), row.get("low"), row.get("high"), row.get("rows")
+                kind,
+                f"accuracy on {row.get('set') or 'held-out rows'}",
+                "share",
+                row.get("after"),
+                row.get("low"),
+                row.get("high"),
+                row.get("rows"),
             )
     for row in rows(doc, "bench"):
         if row.get("file") in kinds:

@@ -87,10 +87,12 @@ def seconds(value: Any) -> str:
 
 def within(value: Any, low: Any, high: Any, show: Callable[[Any], str]) -> str:
     """'2.914 [2.802, 3.031]', or the value alone where its interval is not known."""
-    text = show(value)
-    if text and known(low) and known(high):
-        return f"{text} [{show(low).removesuffix(' %')}, {show(high).removesuffix(' %')}]"
-    return text
+    return " ".join(filter(None, (show(value), ends(low, high, show)))) if known(value) else ""
+
+
+def ends(low: Any, high: Any, show: Callable[[Any], str]) -> str:
+    """'[2.802, 3.031]': an interval alone."""
+    return f"[{show(low).removesuffix(' %')}, {show(high).removesuffix(' %')}]" if known(low) and known(high) else ""
 
 
 def change(value: Any) -> str:
@@ -107,6 +109,16 @@ def sample(rows: Any, tokens: Any) -> str:
 def aside(text: str, more: str) -> str:
     """'105.5 MB (predicted: 105.4 MB)'; without either part, the other alone."""
     return f"{text} ({more})" if text and more else text or more
+
+
+def labelled(label: str, figure: str) -> str:
+    """'predicted: 105.4 MB', or nothing where the figure is not known."""
+    return figure and label + figure
+
+
+def suffixed(figure: str, unit: str) -> str:
+    """'65.3 tok/s', or nothing where the figure is not known."""
+    return figure and f"{figure} {unit}"
 
 
 def _scaled(value: Any, units: tuple[tuple[str, float, int], ...], gap: str) -> str:

@@ -24,9 +24,10 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
             blocks += [f"#### {escape(name)}", _table(table)]
         return _fitting(blocks)
     blocks = [f"### {escape(doc.get('name') or '')}", escape(tables.headline(doc)), _verdict(doc)]
-    blocks += [_table(tables.checks(doc)) if tables.failed(doc) else ""]
+    checks, (_, failed, unjudged) = _table(tables.checks(doc)), tables.tally(doc)
+    blocks += [checks if failed or unjudged else ""]
     blocks += [_table(tables.files(doc)), _table(tables.losses(doc)), _table(tables.accuracy(doc))]
-    blocks += [_folded("Checks", [_table(tables.checks(doc))]) if not tables.failed(doc) else ""]
+    blocks += [_folded("Checks", [checks]) if not (failed or unjudged) else ""]
     blocks += [_folded("Speed and memory", [_table(tables.bench(doc))])]
     merge = tables.section(doc, "merge")
     blocks += [_folded("Merge", [_table(tables.merge(doc)), escape(merge.get("why") or "")])]
@@ -53,12 +54,8 @@ def _code(text: str) -> str:
 
 
 def _verdict(doc: Mapping[str, Any]) -> str:
-    count, failed = len(tables.checks(doc).rows), tables.failed(doc)
-    if not count:
-        return ""
-    return (
-        f"**✗ {failed} of {count} checks failed.**" if failed else f"✓ All {count} checks passed." if count > 1 else "✓ The check passed."
-    )
+    words = tables.tally_words(doc)
+    return f"**{words}.**" if words else ""
 
 
 def _table(table: tables.Table) -> str:

@@ -18,6 +18,9 @@ class Markup(str):
     __slots__ = ()
 
 
+NOTHING = Markup("")
+
+
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     """``tag("a", "x < y", class_="n")`` -> ``<a class="n">x &lt; y</a>``.
 

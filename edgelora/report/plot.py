@@ -128,14 +128,17 @@ def bars(rows: Sequence[Bar], description: str) -> Markup:
     return _svg(len(rows) * 40 - 2, description, marks)
 
 
+Measure = tuple[float, float | None, float | None]  # a value and its interval's ends, which may be missing
+
+
 @dataclass(frozen=True)
 class Pair:
-    """A measure before and after, each with its interval (low, high), which may be missing."""
+    """A measure before and after."""
 
     label: str
     change: str
-    before: tuple[float, float | None, float | None] | None
-    after: tuple[float, float | None, float | None] | None
+    before: Measure | None
+    after: Measure | None
     series: str
 
 

@@ -27,19 +27,32 @@ h2 { margin: 0 0 16px; font-size: 20px; line-height: 1.3; letter-spacing: -0.01e
 h3 { margin: 0 0 8px; font-size: 15px; line-height: 1.4; }
 p { margin: 0 0 12px; max-width: 76ch; }
 section { margin-top: 44px; }
-code, pre, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", "Noto Sans Mono CJK JP", monospace; font-size: 0.875em; }
-pre { margin: 0; padding: 14px 16px; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow-x: auto; line-height: 1.5; }
+code, pre, .mono {
+  font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", "Noto Sans Mono CJK JP", monospace;
+  font-size: 0.875em;
+}
+pre {
+  margin: 0; padding: 14px 16px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  overflow-x: auto; line-height: 1.5;
+}
 .lead { margin: 10px 0 6px; font-size: 20px; line-height: 1.45; max-width: 60ch; }
 .about, .caption, .n { color: var(--soft); }
 .about { margin: 0; font-size: 14px; overflow-wrap: anywhere; }
 .caption { font-size: 14px; margin: 0 0 14px; max-width: 88ch; }
 .good { color: var(--good); font-weight: 600; }
 .bad { color: var(--bad); font-weight: 600; }
+.unsure { font-weight: 600; }
 
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); gap: 12px; margin-top: 28px; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px 13px; min-width: 0; overflow-wrap: anywhere; }
+.tile {
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px 13px; min-width: 0;
+  overflow-wrap: anywhere;
+}
 .tile .name { font-size: 14px; line-height: 1.35; }
-.tile .value { font-size: 27px; font-weight: 650; line-height: 1.25; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; margin: 0 0 2px; }
+.tile .value {
+  font-size: 27px; font-weight: 650; line-height: 1.25; letter-spacing: -0.02em; font-variant-numeric: tabular-nums;
+  margin: 0 0 2px;
+}
 .tile .n { font-size: 13px; line-height: 1.4; }
 .tile.pass { border-color: var(--good); background: var(--good-tint); }
 .tile.fail { border-color: var(--bad); background: var(--bad-tint); }
@@ -48,14 +61,17 @@ pre { margin: 0; padding: 14px 16px; background: var(--card); border: 1px solid 
 .beside { display: grid; grid-template-columns: minmax(0, 400px) minmax(0, 1fr); gap: 16px; align-items: start; }
 figure { margin: 0; padding: 16px 18px 18px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0; }
 figcaption { margin-bottom: 10px; font-size: 15px; font-weight: 600; line-height: 1.4; }
-figcaption .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 2px; font-size: 13px; font-weight: 400; color: var(--soft); }
+figcaption .legend {
+  display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 2px; font-size: 13px; font-weight: 400; color: var(--soft);
+}
 .key { display: inline-flex; align-items: center; gap: 6px; min-width: 0; }
 .key i { flex: none; width: 14px; height: 4px; border-radius: 2px; background: currentColor; }
 .key i.dashed { height: 0; border-top: 2px dashed var(--ink); background: none; border-radius: 0; }
 .key i.tick { width: 2px; height: 10px; background: var(--ink); border-radius: 0; opacity: 0.55; }
 figure svg { display: block; width: 100%; max-width: 460px; height: auto; overflow: visible; }
 
-.scroll { width: fit-content; min-width: min(100%, 560px); max-width: 100%; overflow-x: auto; border: 1px solid var(--line); border-radius: 10px;
+.scroll { width: fit-content; min-width: min(100%, 560px); max-width: 100%; overflow-x: auto;
+  border: 1px solid var(--line); border-radius: 10px;
   /* a shade at each edge beyond which there is more to scroll to */
   background:
     linear-gradient(to right, var(--card) 40%, transparent) 0 0 / 48px 100% no-repeat local,
@@ -78,12 +94,18 @@ td.long { white-space: normal; min-width: 16em; overflow-wrap: anywhere; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; align-items: start; }
 ul.notes { margin: 14px 0 0; padding-left: 20px; color: var(--soft); font-size: 14px; max-width: 88ch; }
 
-.answer { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin-bottom: 14px; overflow: hidden; break-inside: avoid; }
+.answer {
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin-bottom: 14px; overflow: hidden;
+  break-inside: avoid;
+}
 .answer > h3 { margin: 0; padding: 13px 18px; border-bottom: 1px solid var(--line); font-size: 16px; }
 .answer > h3 .n { font-weight: 400; margin-inline-end: 8px; }
 .said { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 1px; background: var(--line); }
 .said > div { background: var(--card); padding: 12px 18px 16px; min-width: 0; }
-.said .who { font-size: 13px; color: var(--soft); margin-bottom: 4px; overflow-wrap: anywhere; display: flex; gap: 7px; align-items: baseline; }
+.said .who {
+  font-size: 13px; color: var(--soft); margin-bottom: 4px; overflow-wrap: anywhere; display: flex; gap: 7px;
+  align-items: baseline;
+}
 .said .who i { flex: none; width: 9px; height: 9px; border-radius: 50%; background: currentColor; }
 .words { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 15px; }
 details summary { cursor: pointer; color: var(--soft); font-size: 14px; }
@@ -126,14 +148,23 @@ i.ref, i.s0, i.s1, i.s2, i.s3, i.s4, i.s5 { color: var(--c); }
   figure { padding: 13px 14px 15px; }
   th, td { padding: 8px 11px; }
   .pairs th { white-space: normal; width: 38%; padding-right: 12px; }
-  td:not(.right, .good, .bad) { white-space: normal; overflow-wrap: anywhere; min-width: 7.5em; }
+  td:not(.right, .good, .bad, .unsure) { white-space: normal; overflow-wrap: anywhere; min-width: 7.5em; }
 }
 @media print {
   :root { color-scheme: light; --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --track: #eee; --shade: #0000;
     --good: #14733b; --good-tint: #fff; --bad: #b3261e; --bad-tint: #fff; --ref: #8b94a3;
     --s0: #1f6feb; --s1: #d5610d; --s2: #1a8754; --s3: #8a4fd0; --s4: #c02f63; --s5: #0e7f94; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { font-size: 11px; } table { font-size: 9.5px; } th, td { padding: 4px 6px; white-space: normal; }
+  body { font-size: 11px; }
+  h1 { font-size: 24px; } h2 { font-size: 15px; } .lead { font-size: 14px; }
+  .caption, .about, .words, .answer > h3, ul.notes, figcaption, details summary { font-size: 11px; }
+  table { font-size: 9px; } thead th, .below { font-size: inherit; min-width: 0; }
+  th, td { padding: 4px 5px; white-space: normal; } .below { white-space: nowrap; }
+  .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 8px; }
+  .tile { padding: 8px 10px; } .tile .value { font-size: 18px; } .tile .name, .tile .n { font-size: 10px; }
+  .figures { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 8px; }
+  .beside > figure { max-width: 420px; }
+  figure { padding: 10px; }
   main { max-width: none; padding: 0; }
   section { margin-top: 20px; }
   figure, .tile, tr { break-inside: avoid; }

@@ -1,6 +1,6 @@
 """The document -> tables of text, shared by Markdown and HTML. A column or row without any figure is not there.
 
-A cell that begins with '✓ ' or '✗ ' is a verdict; pages may colour it, the words stay.
+A cell that begins with '✓ ', '✗ ' or '! ' is a verdict; pages may colour it, the words stay.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from edgelora.report import figures as f
 
 Row = Mapping[str, Any]
-PASS, FAIL = "✓ ", "✗ "
+PASS, FAIL, UNJUDGED = "✓ ", "✗ ", "! "
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def files(doc: Row) -> Table:
             Column("Format", lambda row: " ".join(filter(None, (row.get("format"), row.get("type")))), numeric=False),
             Column("Runtime", text("runtime"), numeric=False),
             Column(
-                "Size", lambda row: f.aside(f.size(row.get("size_bytes")), _labelled("predicted: ", f.size(row.get("predicted_bytes"))))
+                "Size", lambda row: f.aside(f.size(row.get("size_bytes")), f.labelled("predicted: ", f.size(row.get("predicted_bytes"))))
             ),
             Column("KL, nats a token", lambda row: f.within(row.get("kl"), row.get("kl_low"), row.get("kl_high"), f.number)),
             Column("Same top token", _of("top1", f.percent)),
@@ -147,7 +147,7 @@ def bench(doc: Row) -> Table:
 def bandwidth(row: Row) -> str:
     """'6.89 GB/s (47 % of the ceiling)': what decoding reads a second, and its share of what the memory can give."""
     return f.aside(
-        _unit(f.number(row.get("bandwidth_gb_per_s")), "GB/s"), _unit(f.percent(row.get("bandwidth_share"), 0), "of the ceiling")
+        f.suffixed(f.number(row.get("bandwidth_gb_per_s")), "GB/s"), f.suffixed(f.percent(row.get("bandwidth_share"), 0), "of the ceiling")
     )
 
 
@@ -183,11 +183,25 @@ def checks(doc: Row) -> Table:
 
 
 def _verdict(ok: bool | None) -> str:
-    return "" if ok is None else f"{PASS}passed" if ok else f"{FAIL}failed"
+    return f"{UNJUDGED}not judged" if ok is None else f"{PASS}passed" if ok else f"{FAIL}failed"
 
 
-def failed(doc: Row) -> int:
-    return sum(row.get("ok") is False for row in rows(doc, "checks"))
+def tally(doc: Row) -> tuple[int, int, int]:
+    """How many checks passed, failed, and could not be judged (a missing baseline is never a pass)."""
+    results = [row.get("ok") for row in rows(doc, "checks")]
+    return results.count(True), results.count(False), results.count(None)
+
+
+def tally_words(doc: Row) -> str:
+    """'✗ 1 of 3 checks failed', '✓ 3 of 3 checks passed' or '! 1 of 3 checks could not be judged'; empty without checks."""
+    passed, failed, unjudged = tally(doc)
+    count = passed + failed + unjudged
+    if not count:
+        return ""
+    of = f"of {count} check{'' if count == 1 else 's'}"
+    if failed:
+        return f"{FAIL}{failed} {of} failed"
+    return f"{UNJUDGED}{unjudged} {of} could not be judged" if unjudged else f"{PASS}{passed} {of} passed"
 
 
 def training(doc: Row) -> list[tuple[str, str]]:
@@ -196,7 +210,7 @@ def training(doc: Row) -> list[tuple[str, str]]:
     predicted, measured = section(train, "predicted"), section(train, "measured")
 
     def against(key: str, show: Callable[[Any], str]) -> str:
-        return f.aside(show(measured.get(key)), _labelled("predicted: ", show(predicted.get(key))))
+        return f.aside(show(measured.get(key)), f.labelled("predicted: ", show(predicted.get(key))))
 
     share = f.percent(train.get("trained_share"), 2)
     parameters = f.count(train.get("trained_parameters"))
@@ -209,9 +223,9 @@ def training(doc: Row) -> list[tuple[str, str]]:
         ("Data", f.sample(train.get("rows"), train.get("tokens"))),
         ("Epochs", f.plainest(train.get("epochs"))),
         ("Peak memory", against("peak_rss_bytes", f.size)),
-        ("Full fine-tuning would need", _labelled("predicted: ", f.size(train.get("full_finetune_bytes")))),
+        ("Full fine-tuning would need", f.labelled("predicted: ", f.size(train.get("full_finetune_bytes")))),
         ("Time", against("seconds", f.seconds)),
-        ("Speed", _unit(f.number(measured.get("tokens_per_s")), "tokens/s")),
+        ("Speed", f.suffixed(f.number(measured.get("tokens_per_s")), "tokens/s")),
         ("Size of the merged 16-bit model", f.size(train.get("model_16bit_bytes"))),
     ]
     return [(name, value) for name, value in pairs if value]
@@ -261,7 +275,7 @@ def headline(doc: Row) -> str:
     """
     file, loss, bench_row = shipped(doc)
     speed = f.number(bench_row.get("decode_tok_per_s"))
-    parts = [f.size(file.get("size_bytes")), _loss_words(loss), speed and f"{speed} tok/s on this machine"]
+    parts = [f.size(file.get("size_bytes")), _loss_words(loss), f.suffixed(speed, "tok/s on this machine")]
     said = ", ".join(part for part in parts if part)
     return f"The file that ships: {said}." if said else ""
 
@@ -270,7 +284,7 @@ def _loss_words(row: Row) -> str:
     change, low, high = row.get("change"), row.get("change_low"), row.get("change_high")
     if not f.known(change):
         return ""
-    where = f" on {row['set']}" if row.get("set") else ""
+    where = f" on {row.get('set') or 'held-out rows'}"
     if f.known(low) and f.known(high) and low <= 0 <= high:
         return f"no loss change that can be told from the untuned base{where}"
     return f"{f.percent(abs(change), 0)} {'lower' if change < 0 else 'higher'} loss than the untuned base{where}"
@@ -278,11 +292,3 @@ def _loss_words(row: Row) -> str:
 
 def _times(value: Any, factor: float) -> Any:
     return value * factor if f.known(value) else None
-
-
-def _labelled(label: str, figure: str) -> str:
-    return figure and label + figure
-
-
-def _unit(figure: str, unit: str) -> str:
-    return figure and f"{figure} {unit}"

@@ -2,9 +2,9 @@
 
 The high-level ``Llama`` class keeps the logits of a whole sequence and asks for all or none of them; the C API lets us
 ask for just the rows that are scored. The settings are llama.cpp's own (an F16 key-value cache, weights memory-mapped and
-repacked for this processor) with one exception: its flash attention takes another path below 64 tokens than above, so
-that a row's score would depend on where the text was cut into batches (by a KL of 0.004 on a Q4_1 model). Scores are
-taken without it and are the same to the bit however they are asked for; `generate` runs as users run it.
+repacked for this processor) with one exception: its flash attention rounds otherwise below 64 tokens at once than above,
+so that a score would depend on how the text was cut into batches (by a KL of 0.004 on a Q4_1 model). Scores are taken
+without it; `generate` runs as users run it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import contextlib
 import ctypes
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import llama_cpp
 import numpy as np
@@ -28,23 +29,24 @@ _BATCH = 512  # tokens handed over at once: llama.cpp's own n_ubatch, so prompts
 _SCORE_BYTES = 64 << 20  # of logits that llama.cpp holds at once while scoring
 _SMALLEST_CONTEXT = 256  # tokens
 _ERROR, _CONTINUED = 4, 5  # ggml_log_level in ggml.h
+_OVERFLOW = -(1 << 31)  # llama_tokenize: more tokens than an int32 counts
 
 # llama.cpp has one log for the whole process. We keep its last errors instead of letting it write on stderr; ctypes
 # demands that the callback outlives every call into the library.
 _errors: deque[str] = deque(maxlen=20)
-_level = 0
+_levels = [0]  # of the line that a continuation continues
 
 
 @llama_cpp.llama_log_callback
 def _log(level: int, text: bytes | None, _: object) -> None:
-    global _level
     line = (text or b"").decode("utf-8", "replace")
-    if level == _CONTINUED and _level == _ERROR and _errors:
-        _errors[-1] += line
-    elif level == _ERROR:
+    if level == _CONTINUED:
+        if _levels[0] == _ERROR and _errors:
+            _errors[-1] += line
+        return
+    _levels[0] = level
+    if level == _ERROR:
         _errors.append(line)
-    if level != _CONTINUED:
-        _level = level
 
 
 def version() -> str:
@@ -56,36 +58,41 @@ def open(path: Path, threads: int) -> LlamaSession:
     return LlamaSession(path, threads)
 
 
-class LlamaSession:
-    """A GGUF model in llama.cpp; see `edgelora.runtime.Session`.
+def open_vocabulary(path: Path) -> Vocabulary:
+    """Open the tokenizer of a GGUF file without its weights; errors as `open`."""
+    return Vocabulary(path)
 
-    The key-value cache starts small, grows by doubling to what a call needs, and ends at the length the model was trained for:
-    a longer text is Unsupported. A second call while `generate` is being iterated ends that iteration with an error.
-    """
 
-    def __init__(self, path: Path, threads: int) -> None:
+class Vocabulary:
+    """A GGUF file's tokenizer as llama.cpp runs it, and what the file says about conversations."""
+
+    def __init__(self, path: Path, vocab_only: bool = True) -> None:
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
-        self._room = (0, 0)  # tokens the context holds, its flash_attn_type
-        self._threads = threads
         self._calls = 0
-        read_header(path)  # llama.cpp's reader may abort the process on what this refuses
+        self._header = read_header(path)  # llama.cpp's reader may abort the process on what this refuses
         llama_cpp.llama_log_set(_log, None)
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.vocab_only = vocab_only
         _errors.clear()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise ModelError(f"llama.cpp cannot load {path}: {_cause()}", "export it again, or check it with another GGUF reader")
-        if llama_cpp.llama_model_has_encoder(self._model) or not llama_cpp.llama_model_has_decoder(self._model):
-            self.close()
-            raise Unsupported(f"{path} is not a decoder-only language model", "choose a causal language model")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._n_vocab = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self._longest = llama_cpp.llama_model_n_ctx_train(self._model)
-        self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+        self.chat_template = self._header.chat_template
+        self.special_tokens = self._special_tokens()
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids at which llama.cpp ends an answer, the end-of-sequence token first. A call for every token: made when asked for."""
+        self._check_open()
+        first = [llama_cpp.llama_vocab_eos(self._vocab), llama_cpp.llama_vocab_eot(self._vocab)]
+        ends = [i for i in range(self._n_vocab) if llama_cpp.llama_vocab_is_eog(self._vocab, i)]
+        return tuple(i for i in dict.fromkeys([*first, *ends]) if i >= 0)
 
     def tokenize(self, text: str) -> list[int]:
         self._check_open()
@@ -96,31 +103,21 @@ class LlamaSession:
             count = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, room, False, True)
             if 0 <= count <= room:
                 return list(ids[:count])
-            if count == -(1 << 31):
+            if count == _OVERFLOW:
                 raise Unsupported(f"llama.cpp cannot tokenize {len(data)} bytes at once", "split the text")
             room = -count
 
-    def score(self, ids: Sequence[int], first: int = 0) -> np.ndarray:
-        self._begin(ids, len(ids), llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED)
-        if not 0 <= first <= len(ids):
-            raise ValueError(f"first is {first}, expected 0 to {len(ids)}")
-        rows = np.empty((len(ids) - first, self._n_vocab), dtype=np.float32)
-        at_once = max(1, min(_BATCH, _SCORE_BYTES // (4 * self._n_vocab)))
-        start = 0
-        while start < len(ids):
-            # rows without logits are cheap in memory: take as many as a batch holds, but stop where the scored ones begin
-            end = min(start + _BATCH, first) if start < first else min(start + at_once, len(ids))
-            self._decode(ids[start:end], start, logits_from=max(first, start))
-            for position in range(max(first, start), end):
-                rows[position - first] = self._logits(position - start)
-            start = end
-        return _log_softmax(rows)
-
-    def generate(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[int]) -> Iterator[int]:
-        if not ids:
-            raise Unsupported("cannot continue an empty prompt", "give at least one token id")
-        self._begin(ids, len(ids) + max(0, max_new_tokens - 1), llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO)
-        return self._continue(ids, max_new_tokens, frozenset(stop), self._calls)
+    def detokenize(self, ids: Sequence[int]) -> str:
+        self._check_open()
+        self._check_ids(ids)
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)
+        room = 16 * len(ids) + 8
+        while True:
+            text = ctypes.create_string_buffer(room)
+            count = llama_cpp.llama_detokenize(self._vocab, tokens, len(ids), text, room, False, False)
+            if 0 <= count <= room:
+                return text.raw[:count].decode("utf-8", "replace")
+            room = -count
 
     def close(self) -> None:
         self._calls += 1
@@ -132,7 +129,7 @@ class LlamaSession:
             llama_cpp.llama_model_free(self._model)
         self._batch = self._context = self._model = None
 
-    def __enter__(self) -> LlamaSession:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -142,34 +139,82 @@ class LlamaSession:
         with contextlib.suppress(Exception):  # at interpreter exit the library may be gone before us
             self.close()
 
+    def _special_tokens(self) -> dict[str, str]:
+        """Only those that the file names: llama.cpp makes up ids for those it does not."""
+        ids = {"bos_token": llama_cpp.llama_vocab_bos(self._vocab), "eos_token": llama_cpp.llama_vocab_eos(self._vocab)}
+        named = {name: i for name, i in ids.items() if f"tokenizer.ggml.{name}_id" in self._header.metadata and 0 <= i < self._n_vocab}
+        return {name: llama_cpp.llama_vocab_get_text(self._vocab, i).decode("utf-8", "replace") for name, i in named.items()}
+
+    def _check_open(self) -> None:
+        if not self._model:
+            raise EdgeloraError("this llama.cpp session is closed", "open the file again")
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        strange = next((i for i in ids if not 0 <= i < self._n_vocab), None)
+        if strange is not None:
+            raise Unsupported(f"the id {strange} is not in the vocabulary (0 to {self._n_vocab - 1})", "tokenize with this model's own tokenizer")
+
+
+class LlamaSession(Vocabulary):
+    """A GGUF model in llama.cpp; see `edgelora.runtime.Session`.
+
+    The key-value cache starts small, grows by doubling to what a call needs, and ends at the length the model was
+    trained for: a longer text is Unsupported. Another call while `generate` is iterated ends that iteration with an error.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        super().__init__(path, vocab_only=False)
+        self._threads = threads
+        self._room = (0, 0)  # tokens the context holds, its flash_attn_type
+        if llama_cpp.llama_model_has_encoder(self._model) or not llama_cpp.llama_model_has_decoder(self._model):
+            self.close()
+            raise Unsupported(f"{path} is not a decoder-only language model", "choose a causal language model")
+        self._longest = llama_cpp.llama_model_n_ctx_train(self._model)
+        self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+
+    def score(self, ids: Sequence[int], first: int = 0) -> np.ndarray:
+        if not 0 <= first <= len(ids):
+            raise ValueError(f"first is {first}, expected 0 to {len(ids)}")
+        self._begin(ids, len(ids), llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED)
+        rows = np.empty((len(ids) - first, self._n_vocab), dtype=np.float32)
+        at_once = max(1, min(_BATCH, _SCORE_BYTES // (4 * self._n_vocab)))
+        start = 0
+        while start < len(ids):
+            # tokens without logits are cheap: take as many as a batch holds, but stop where the scored ones begin
+            end = min(start + _BATCH, first) if start < first else min(start + at_once, len(ids))
+            self._decode(ids[start:end], start, logits_from=first)
+            for position in range(max(first, start), end):
+                rows[position - first] = self._logits(position - start)
+            start = end
+        return _log_softmax(rows)
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[int]) -> Iterator[int]:
+        self._begin(ids, len(ids) + max(0, max_new_tokens - 1), llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO)
+        return self._continue(ids, max_new_tokens, frozenset(stop), self._calls)
+
     def _continue(self, ids: Sequence[int], max_new_tokens: int, stop: frozenset[int], call: int) -> Iterator[int]:
-        if max_new_tokens < 1:
-            return
-        for start in range(0, len(ids), _BATCH):
-            chunk = ids[start : start + _BATCH]
-            self._decode(chunk, start, logits_from=len(ids) - 1)
-        position = len(ids)
-        for made in range(1, max_new_tokens + 1):
+        fresh = ids
+        for made in range(max_new_tokens):
+            if call != self._calls:
+                raise EdgeloraError("this session was used or closed in the middle of generate()", "finish one call before the next")
+            for start in range(0, len(fresh), _BATCH):
+                before = len(ids) + made - len(fresh)
+                self._decode(fresh[start : start + _BATCH], before + start, logits_from=len(ids) + made - 1)
             token = int(np.argmax(self._logits(-1)))
             if token in stop:
                 return
             yield token
-            if made == max_new_tokens:
-                return
-            if call != self._calls:
-                raise EdgeloraError("this session was used for something else in the middle of generate()", "finish one call before the next")
-            self._decode([token], position, logits_from=position)
-            position += 1
+            fresh = [token]
 
     def _begin(self, ids: Sequence[int], tokens: int, flash: int) -> None:
         """Check a call's input, make room for `tokens` and forget what was there before."""
         self._check_open()
         self._calls += 1
-        strange = next((i for i in ids if not 0 <= i < self._n_vocab), None)
-        if strange is not None:
-            raise Unsupported(f"the id {strange} is not in the vocabulary (0 to {self._n_vocab - 1})", "tokenize with this model's own tokenizer")
+        if not ids:
+            raise Unsupported("an empty sequence cannot be continued", "give at least one token, for instance the begin token")
+        self._check_ids(ids)
         if tokens > self._longest:
-            raise Unsupported(f"{tokens} tokens do not fit the model's context of {self._longest}", "use a shorter text")
+            raise Unsupported(f"{tokens} tokens do not fit the model's context of {self._longest}", "give a shorter text")
         if tokens > self._room[0] or flash != self._room[1]:
             self._make_room(tokens, flash)
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
@@ -191,7 +236,7 @@ class LlamaSession:
         self._room = (size, flash)
 
     def _decode(self, ids: Sequence[int], start: int, logits_from: int) -> None:
-        """Read `ids` at positions from `start` on; logits are computed for positions >= `logits_from` alone."""
+        """Read at most _BATCH `ids` at positions from `start` on; logits are computed for positions >= `logits_from` alone."""
         batch = self._batch
         batch.n_tokens = len(ids)
         for i, token in enumerate(ids):
@@ -206,12 +251,8 @@ class LlamaSession:
             raise EdgeloraError(f"llama.cpp failed to read {len(ids)} tokens (status {status}): {_cause()}", "free some memory, or use a shorter text")
 
     def _logits(self, row: int) -> np.ndarray:
-        """A view, valid until the next `_decode`, of the logits of the batch's row (-1: the last that has any)."""
+        """The logits of the batch's row (-1: the last that has any), shape (vocabulary,): a view, valid until the next `_decode`."""
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, row), shape=(self._n_vocab,))
-
-    def _check_open(self) -> None:
-        if not self._model:
-            raise EdgeloraError("this llama.cpp session is closed", "open the file again")
 
 
 def _cause() -> str:

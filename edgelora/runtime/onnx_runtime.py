@@ -159,12 +159,16 @@ def _cache_shapes(session: ort.InferenceSession) -> dict[str, tuple[int, int, An
         if not _PAST.fullmatch(value.name):
             raise Unsupported(f"unknown input {value.name!r} of the ONNX graph", "only text decoders written by `edgelora export` are run")
         if len(value.shape) != 4 or not all(isinstance(n, int) for n in (value.shape[1], value.shape[3])) or value.type not in _DTYPES:
-            raise Unsupported(f"input {value.name!r} has shape {value.shape} of {value.type}, not (batch, heads, tokens, dimension)", _AGAIN)
+            raise Unsupported(
+                f"input {value.name!r} has shape {value.shape} of {value.type}, not (batch, heads, tokens, dimension)", _AGAIN
+            )
         shapes[value.name] = (value.shape[1], value.shape[3], _DTYPES[value.type])
     outputs = {o.name for o in session.get_outputs()}
     missing = {"logits", *(name.replace("past_key_values", "present") for name in shapes)} - outputs
     if missing or not shapes:
-        raise Unsupported(f"the ONNX graph has no {min(missing, default='past_key_values.0.key')!r}", "only decoders with a key/value cache are run")
+        raise Unsupported(
+            f"the ONNX graph has no {min(missing, default='past_key_values.0.key')!r}", "only decoders with a key/value cache are run"
+        )
     return shapes
 
 
@@ -295,7 +299,9 @@ def _check_tensor(data: mmap.mmap, start: int, end: int, folder: Path, sizes: di
         elif number == 9 and isinstance(value, tuple):
             stored = value[1] - value[0]
         elif number == 13 and isinstance(value, tuple):
-            pair = {n: data[v[0] : min(v[1], v[0] + 4096)].decode("utf-8", "replace") for n, v in _fields(data, *value) if isinstance(v, tuple)}
+            pair = {
+                n: data[v[0] : min(v[1], v[0] + 4096)].decode("utf-8", "replace") for n, v in _fields(data, *value) if isinstance(v, tuple)
+            }
             if pair.get(1) in ("location", "offset", "length"):
                 external[pair[1]] = pair.get(2, "")
     if kind == _STRING and not external:
@@ -312,7 +318,7 @@ def _check_tensor(data: mmap.mmap, start: int, end: int, folder: Path, sizes: di
 
 def _check_external(entries: dict[str, str], needed: int, name: str, folder: Path, sizes: dict[str, int]) -> None:
     location = entries.get("location", "")
-    if not location or location in (".", "..") or set(location) & set('/\\:\0'):
+    if not location or location in (".", "..") or set(location) & set("/\\:\0"):
         raise ModelError(
             f"{folder / GRAPH}: tensor {name!r} wants its data from {location!r}, outside the folder",
             "do not use this file; fetch the model again from a source you trust",

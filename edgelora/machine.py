@@ -1,0 +1,187 @@
+"""What machine this is, as far as a figure measured on it depends on it: never whose it is or what it is called."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+# The instruction sets that decide how fast low-bit models run, as /proc/cpuinfo spells them (x86, then arm64).
+_FEATURES = (
+    *("avx", "avx2", "f16c", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2"),
+)
+_CGROUPS = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60  # bytes; version 1 of cgroups writes a number near 2^63 for "no limit"
+
+
+def describe() -> dict[str, Any]:
+    """This machine as a JSON object.
+
+    `class` names machines whose figures may be compared ("x86-2core", "arm64-4core", "h100-80gb"); `cores` are those
+    this process may use; `memory_bytes` is what it may use at most; `gpu` and `load_average` (one minute) are None
+    where there is none.
+    """
+    gpus = _gpus()
+    names = {name for name, _ in gpus}
+    return {
+        "class": _class(gpus),
+        "cpu": _cpu_name(),
+        "cpu_features": cpu_features(),
+        "cores": cores(),
+        "memory_bytes": memory_bytes(),
+        "os": _os_name(),
+        "python": platform.python_version(),
+        "gpu": (f"{len(gpus)} x " if len(gpus) > 1 else "") + ", ".join(sorted(names)) if gpus else None,
+        "load_average": load_average(),
+    }
+
+
+def cores() -> int:
+    """Processors this process may keep busy: its affinity mask, and no more than its cgroup's quota of time."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_cpus(_CGROUPS, _read("/proc/self/cgroup"))
+    return max(1, min(found, int(quota))) if quota is not None else found
+
+
+def memory_bytes() -> int:
+    """Memory of the machine, or of the cgroup this process lives in where that is less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else _windows_memory()[0]
+    limits = [limit for limit, _ in cgroup_memory(_CGROUPS, _read("/proc/self/cgroup"))]
+    return min([total, *limits])
+
+
+def available_memory_bytes() -> int:
+    """What can be allocated now without swapping: the kernel's own estimate, within the cgroup's limit."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.M)
+    if match:
+        free = int(match[1]) * 1024
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free = _windows_memory()[1] if sys.platform == "win32" else memory_bytes()
+    return min([free, *(max(0, limit - used) for limit, used in cgroup_memory(_CGROUPS, _read("/proc/self/cgroup")))])
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had resident at once.
+
+    Linux's ru_maxrss survives exec: a child of a large process starts with its parent's peak. VmHWM does not.
+    """
+    match = re.search(r"^VmHWM:\s+(\d+) kB", _read("/proc/self/status"), re.M)
+    if match:
+        return int(match[1]) * 1024
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def load_average() -> float | None:
+    """Processes that wanted a core, averaged over the last minute; None where the system keeps no such count."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def cpu_features() -> list[str]:
+    """Instruction sets of this processor that matter to low-bit models; empty where the system does not list them."""
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", _read("/proc/cpuinfo"), re.M)
+    found = set(match[1].split()) if match else set()
+    return [name for name in _FEATURES if name in found] + (["neon"] if "asimd" in found else [])
+
+
+def cgroup_cpus(root: Path, membership: str) -> float | None:
+    """The tightest CPU quota, in cores, of the control groups that `membership` (/proc/self/cgroup) lists; None without one."""
+    quotas = []
+    for folder in _cgroup_folders(root, membership, "cpu"):
+        both = _read(folder / "cpu.max").split() or [_read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()]
+        if len(both) == 2 and both[0].isdigit() and both[1].isdigit() and int(both[1]):  # "max" and -1 are no limit
+            quotas.append(int(both[0]) / int(both[1]))
+    return min(quotas, default=None)
+
+
+def cgroup_memory(root: Path, membership: str) -> list[tuple[int, int]]:
+    """(limit, use) in bytes of every control group above this process that has a limit. Page cache is not counted as use."""
+    found = []
+    for folder in _cgroup_folders(root, membership, "memory"):
+        limit = _read(folder / "memory.max").strip() or _read(folder / "memory.limit_in_bytes").strip()
+        if limit.isdigit() and int(limit) < _UNLIMITED:
+            used = _read(folder / "memory.current").strip() or _read(folder / "memory.usage_in_bytes").strip()
+            cache = re.search(r"^(?:total_)?inactive_file (\d+)", _read(folder / "memory.stat"), re.M)
+            found.append((int(limit), max(0, int(used or 0) - (int(cache[1]) if cache else 0))))
+    return found
+
+
+def _cgroup_folders(root: Path, membership: str, controller: str) -> list[Path]:
+    """The process's own group of cgroups version 2 or 1 and every group around it, innermost first."""
+    folders = [root]
+    for line in membership.splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = root / controllers if controllers and (root / controllers).is_dir() else root / controller if controllers else root
+        inner = Path(path.lstrip("/"))
+        folders = [*(top / part for part in (inner, *inner.parents)), *folders]
+    return list(dict.fromkeys(folders))
+
+
+def _class(gpus: tuple[tuple[str, int], ...]) -> str:
+    if gpus:
+        name, memory = gpus[0]
+        words = [w for w in re.split(r"[\s-]+", name.lower()) if w not in ("nvidia", "geforce", "tesla", "quadro")]
+        numbered = next((i for i, word in enumerate(words) if any(c.isdigit() for c in word)), len(words) - 1)
+        return (f"{len(gpus)}x-" if len(gpus) > 1 else "") + "-".join(words[: numbered + 1]) + f"-{round(memory / 2**30)}gb"
+    kind = platform.machine().lower()
+    kind = "x86" if kind in ("x86_64", "amd64", "i686") else "arm64" if kind in ("aarch64", "arm64") else kind
+    return f"{kind}-{cores()}core"
+
+
+@functools.cache
+def _gpus() -> tuple[tuple[str, int], ...]:
+    """(name, memory in bytes) of every NVIDIA GPU that the driver shows."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        rows = [line.rsplit(",", 1) for line in lines if "," in line]
+        return tuple((name.strip(), int(memory) << 20) for name, memory in rows)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return ()  # the program is there and no driver answers: no GPU that could be used
+
+
+def _cpu_name() -> str:
+    info = _read("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", info, re.M)
+    if match:
+        return match[1].strip()
+    part = re.search(r"^CPU implementer\s*:\s*(\S+)[\s\S]*?^CPU part\s*:\s*(\S+)", info, re.M)
+    return f"arm64 implementer {part[1]} part {part[2]}" if part else platform.processor() or platform.machine()
+
+
+def _os_name() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError, AttributeError):
+        return f"{platform.system()} {platform.release()}"
+
+
+def _windows_memory() -> tuple[int, int]:
+    """(total, available) bytes, by GlobalMemoryStatusEx."""
+    import ctypes
+
+    status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: two u32 (its length first), then seven u64
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return status[1], status[2]
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
