@@ -104,10 +104,9 @@ def test_what_does_not_fit_is_an_error() -> None:
 # ---- which type ----
 
 SHAPES = {
-    "blocks of 256": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 16, "num_attention_heads": 8, "num_key_value_heads": 2},
-    "two heads share": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 5, "num_key_value_heads": 2, "tie_word_embeddings": False},
-    "blocks of 32": {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "tie_word_embeddings": False},
-    "odd rows": {"hidden_size": 48, "intermediate_size": 256, "num_hidden_layers": 4, "num_key_value_heads": 4},
+    "blocks of 256": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "blocks of 32": {"hidden_size": 96, "intermediate_size": 160, "tie_word_embeddings": False},
+    "odd rows": {"hidden_size": 48, "intermediate_size": 256, "num_key_value_heads": 4},
 }
 
 
@@ -129,7 +128,7 @@ def test_every_tensor_has_the_type_and_bytes_of_llama_quantize(name: str, shape:
     assert ours.stat().st_size == theirs.stat().st_size
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q5_0", "q4_k_m", "iq4_nl", "iq4_xs", "q3_k_m"])
+@pytest.mark.parametrize("name", ["q4_0", "q5_0", "q4_k_m", "iq4_xs", "q3_k_m"])
 def test_importance_matrix_gives_the_bytes_of_llama_quantize(name: str, f16_files: dict[str, Path], tmp_path: Path) -> None:
     source = f16_files["blocks of 256"]
     random = np.random.default_rng(1)
@@ -140,17 +139,53 @@ def test_importance_matrix_gives_the_bytes_of_llama_quantize(name: str, f16_file
     assert export.predict_bytes(source.parent, name, "tiny", importance) == ours.stat().st_size
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
-def test_seventy_billion_rule(arch: str, tmp_path: Path) -> None:
-    """Models of 80 layers get more bits for attn_v; of llama only those whose heads share values."""
-    changes = {"hidden_size": 256, "intermediate_size": 32, "num_hidden_layers": 80, "num_attention_heads": 8, "num_key_value_heads": 4}
-    folder = tiny_model(arch, tmp_path, **changes)
-    source = export.write(folder, "f16", folder, "tiny", quiet)
-    shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in tensors(source).items()}
-    for name in ("q4_k_m", "q4_k_s", "q3_k_m", "q2_k"):
-        theirs = tensors(llama_quantize(source, tmp_path / "theirs.gguf", name))
-        plan = gguf_types.plan(shapes, name, gguf_types.Shape(80, 8, 4, arch))
-        assert {key: choice.type.name for key, choice in plan.items()} == {key: t.tensor_type.name for key, t in theirs.items()}
+def skeleton(path: Path, shape: gguf_types.Shape, columns: int, tied: bool) -> dict[str, tuple[int, ...]]:
+    """A file with a model's hyper-parameters and matrices of two rows: enough for llama.cpp to choose types."""
+    writer = gguf.GGUFWriter(path, shape.architecture)
+    writer.add_block_count(shape.layers)
+    writer.add_context_length(32)
+    writer.add_embedding_length(columns)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_F16))
+    kinds = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    if shape.architecture == "phi3":
+        kinds = ["attn_qkv", "attn_output", "ffn_up", "ffn_down"]
+    names = ["token_embd.weight", *(f"blk.{i}.{kind}.weight" for i in range(shape.layers) for kind in kinds)]
+    names += [] if tied else ["output.weight"]
+    for name in names:
+        writer.add_tensor(name, np.ones((2, columns), dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {name: (2, columns) for name in names}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("columns", [256, 96, 80])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        gguf_types.Shape(34, 8, 2, "llama"),
+        gguf_types.Shape(17, 8, 4, "llama"),
+        gguf_types.Shape(80, 8, 4, "llama"),
+        gguf_types.Shape(80, 8, 8, "llama"),
+        gguf_types.Shape(80, 8, 4, "qwen2"),
+        gguf_types.Shape(80, 8, 4, "qwen3"),
+        gguf_types.Shape(32, 8, 8, "phi3"),
+        gguf_types.Shape(26, 4, 1, "gemma3"),
+    ],
+    ids=lambda shape: f"{shape.architecture}-{shape.layers}-{shape.heads}-{shape.kv_heads}",
+)
+def test_types_are_those_of_llama_quantize(shape: gguf_types.Shape, columns: int, tied: bool, tmp_path: Path) -> None:
+    """Depth, shared heads, row length and tied embeddings all change the mixture (80 layers: llama.cpp's 70B rule)."""
+    shapes = skeleton(tmp_path / "f16.gguf", shape, columns, tied)
+    for name in QUANTIZED:
+        theirs = tensors(llama_quantize(tmp_path / "f16.gguf", tmp_path / "theirs.gguf", name))
+        plan = gguf_types.plan(shapes, name, shape)
+        assert {key: choice.type.name for key, choice in plan.items()} == {key: t.tensor_type.name for key, t in theirs.items()}, name
 
 
 def test_fallbacks_are_visible() -> None:

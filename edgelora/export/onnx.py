@@ -46,16 +46,9 @@ _BUILDER = {  # type -> the builder's --precision and --extra_options
     "int8": ("int8", ("algo_config=default",)),
     "fp32": ("fp32", ()),
 }
-_KEPT = re.compile(
-    r"model\.onnx(\.data)?|genai_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template.*|vocab.*|merges\.txt"
-)
-_PRIVATE_KEYS = (
-    "_name_or_path",
-    "_model_name_or_path",
-    "name_or_path",
-    "local_files_only",
-    "is_local",
-)  # where the model lay, and how it was found
+_KEPT = re.compile(r"model\.onnx(\.data)?|genai_config\.json|(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges).*")
+# Where the model lay and how it was found: nobody else's business.
+_PRIVATE_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "local_files_only", "is_local")
 
 Progress = Callable[[float, str], None]
 
@@ -103,7 +96,7 @@ def predict_bytes(model: Path, type: str) -> int:
     if type not in TYPES:
         raise EdgeloraError(f"onnx has no type {type!r}", f"choose one of {', '.join(TYPES)}")
     config, shapes = _config(model), _shapes(model)
-    layers, block = int(config.get("num_hidden_layers") or 1), _block(type, shapes)
+    layers, block = _layers(config), _block(type, shapes)
     packed = not any("q_norm" in name for name in shapes)  # the builder joins q, k and v: they share their bits
     total = _rope_bytes(config)
     head = shapes.get("lm_head.weight") or shapes["model.embed_tokens.weight"]
@@ -117,7 +110,7 @@ def predict_bytes(model: Path, type: str) -> int:
         total += _matrix_bytes(shapes["model.embed_tokens.weight"], "int8", _BLOCK, eight=True)
     elif not _is_tied(config, shapes):
         total += 4 * math.prod(head)
-    total += len(shapes) * {"fp32": 600, "int4-mixed": 950}.get(type, 800)
+    total += len(shapes) * {"fp32": 600, "int4-mixed": 950}.get(type, 800) + (0 if packed else 2500 * layers)
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
     return total + sum((model / n).stat().st_size for n in names if (model / n).is_file())
 
@@ -149,6 +142,10 @@ def _rope_bytes(config: Mapping[str, Any]) -> int:
     rope = config.get("rope_parameters") or {}
     tables = sum(isinstance(value, dict) for value in rope.values()) or 1  # one for each kind of layer
     return int(tables * config.get("max_position_embeddings", 0) * head * 4)
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_hidden_layers") or 1)
 
 
 def _is_tied(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> bool:
@@ -209,14 +206,11 @@ def _failure(tail: collections.deque[str], code: int, model: Path) -> Exception:
         if "no space left" in line.lower():
             return OSError(f"the ONNX builder: {line}")
     if code < 0:
-        return ModelError(
-            f"the ONNX builder was ended by {signal.Signals(-code).name} on {model.name}",
-            "this is usually too little memory: close other programs",
-        )
-    last = next((line for line in reversed(tail) if line.strip() and not line.startswith((" ", "Progress:"))), "no output")
-    return ModelError(
-        f"the ONNX builder cannot export {model.name}: {last[:400]}", "export it as GGUF instead, or report this line to onnxruntime-genai"
-    )
+        cause = f"was ended by {signal.Signals(-code).name}"
+        return ModelError(f"the ONNX builder {cause} on {model.name}", "this is usually too little memory: close other programs")
+    said = (line for line in reversed(tail) if line.strip() and not line.startswith((" ", "Progress:")))
+    last = next(said, "it printed nothing")[:400]
+    return ModelError(f"the ONNX builder cannot export {model.name}: {last}", "export it as GGUF instead")
 
 
 def _environment(scratch: Path) -> dict[str, str]:
@@ -305,9 +299,8 @@ def _quantize_embedding(graph: onnx.GraphProto, folder: Path, tied: bool) -> dic
         table, scales = _round_rows(_external_array(tensors[lookup.input[0]], folder), block)
         arrays = {"model.embed_tokens.weight_quantized": table, "model.embed_tokens.weight_scales": scales}
         names = list(arrays)
-        graph.initializer.extend(
-            onnx.helper.make_tensor(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape, b"", raw=True) for n, a in arrays.items()
-        )
+        for name, array in arrays.items():
+            graph.initializer.add(name=name, data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
     _remove(graph, lookup.input[0])
     quantized = onnx.helper.make_node(
         "GatherBlockQuantized",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.artifact import writing
-from edgelora.errors import ModelError
+from edgelora.errors import EdgeloraError, ModelError
 from edgelora.report.comparison import compare
 from edgelora.report.markdown import to_markdown
 from edgelora.report.page import to_html
@@ -40,17 +40,21 @@ def write(doc: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """Write report.json, report.md and report.html (of a comparison: comparison.*) into `folder`.
 
     Returns the three paths by suffix (``json``, ``md``, ``html``). Each file appears whole or not at all.
-    ModelError when the document is not one that `read` would accept; DiskFull when there is no room.
+    ModelError when the document is not one that `read` would accept; DiskFull when there is no room; EdgeloraError when
+    `folder` cannot be written.
     """
     doc = plain(doc)
     validate(doc, "the report")
     stem = "comparison" if is_comparison(doc) else "report"
     texts = {"html": to_html(doc), "md": to_markdown(doc), "json": to_json(doc)}
     paths = {suffix: folder / f"{stem}.{suffix}" for suffix in texts}
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, text in texts.items():
-            _replace(paths[suffix], text)
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for suffix, text in texts.items():
+                _replace(paths[suffix], text)
+    except OSError as error:
+        raise EdgeloraError(f"cannot write the report into {folder}: {error.strerror}", "name a folder that you may write to") from error
     return paths
 
 
@@ -86,8 +90,9 @@ def _replace(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-    finally:
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
 
 
 def _refuse(constant: str) -> None:

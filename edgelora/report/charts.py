@@ -34,7 +34,8 @@ def losses(doc: Doc) -> Markup:
     if not pairs:
         return NOTHING
     legend = [_key("ref", "untuned base"), *(_key(style, name) for name, style in shown.items() if name)]
-    return _figure("Loss on rows that training never saw", legend, plot.pairs(pairs, "loss, nats a token; lower is better", f.loss))
+    drawing = plot.pairs(pairs, "loss, nats a token; lower is better", f.loss)
+    return _figure("Loss on rows that training never saw", legend, drawing, len(pairs))
 
 
 def latency(doc: Doc) -> Markup:
@@ -50,7 +51,7 @@ def latency(doc: Doc) -> Markup:
                 bars.append(plot.Bar(label, row[key], show(row[key]), series[row.get("file")], ticks))
         legend = [tag("span", better)]
         legend += [_key("tick", "each run")] if any(bar.samples for bar in bars) else []
-        return _figure(title, legend, plot.bars(bars, title)) if bars else NOTHING
+        return _figure(title, legend, plot.bars(bars, title), len(bars)) if bars else NOTHING
 
     return _together(
         panel("Time to the first token", "lower is better", "ttft_ms", f.ms, "ttft"),
@@ -142,11 +143,13 @@ def _quality(doc: Doc) -> Markup:
 
 
 def _size_figure(bars: Sequence[plot.Bar], legend: Sequence[Markup]) -> Markup:
-    return _figure("Size of each file", legend, plot.bars(bars, "size of each file")) if bars else NOTHING
+    return _figure("Size of each file", legend, plot.bars(bars, "size of each file"), len(bars)) if bars else NOTHING
 
 
 def _quality_figure(points: Sequence[plot.Point], legend: Sequence[Markup]) -> Markup:
-    return _figure("Distance to the trained model against size", legend, plot.scatter(points, _SIZE, _KL)) if points else NOTHING
+    return (
+        _figure("Distance to the trained model against size", legend, plot.scatter(points, _SIZE, _KL), len(points)) if points else NOTHING
+    )
 
 
 def _bench_labels(doc: Doc, rows: Sequence[Doc]) -> list[str]:
@@ -169,7 +172,9 @@ def _measure(values: Doc) -> plot.Measure | None:
     return (value, values.get("low"), values.get("high")) if f.known(value) else None
 
 
-def _figure(title: str, legend: Sequence[Markup], drawing: Markup) -> Markup:
+def _figure(title: str, legend: Sequence[Markup], drawing: Markup, rows: int = 0) -> Markup:
+    if rows > plot.MOST_ROWS:
+        legend = [*legend, tag("span", f"the first {plot.MOST_ROWS} of {f.count(rows)}")]
     return tag("figure", tag("figcaption", title, tag("span", *legend, class_="legend") if legend else None), drawing)
 
 

@@ -15,6 +15,7 @@ from edgelora.report.style import CSS
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 _LONG_ANSWER, _ANSWER_START = 900, 600  # characters; the rest is folded away
+_PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]*")
 _STACKED = re.compile(r"([^(\[]+) ([(\[].*[)\]])")
 
 
@@ -188,7 +189,7 @@ def _yaml(value: Any, indent: str) -> Iterable[str]:
     """Lines of YAML; scalars are written as JSON, which YAML contains."""
     named = isinstance(value, Mapping)
     for key, item in value.items() if named else ((None, item) for item in value):
-        sign = f"{key}:" if named else "-"
+        sign = f"{key if _PLAIN_KEY.fullmatch(str(key)) else json.dumps(key)}:" if named else "-"
         if isinstance(item, (Mapping, list, tuple)) and item:
             yield f"{indent}{sign}"
             yield from _yaml(item, indent + "  ")

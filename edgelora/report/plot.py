@@ -16,7 +16,7 @@ from edgelora.report.markup import Markup, join, tag
 
 WIDTH = 360
 _MOST_POINTS = 400  # of a curve; more cannot be told apart at this width
-_MOST_ROWS = 60
+MOST_ROWS = 60
 _TINY = 1e-12  # spans and values below it are drawn as nothing
 
 
@@ -99,7 +99,7 @@ class Bar:
 
 def bars(rows: Sequence[Bar], description: str) -> Markup:
     """Bars from zero under their labels, longest label cut in its middle; no axis: every bar bears its figure."""
-    rows = rows[:_MOST_ROWS]
+    rows = rows[:MOST_ROWS]
     scale = axis([v for row in rows for v in (row.value, row.expected or 0.0, *row.samples)], 0, WIDTH - 2, zero=True, most=40)
     marks: list[Markup] = []
     for i, row in enumerate(rows):
@@ -144,7 +144,7 @@ class Pair:
 
 def pairs(rows: Sequence[Pair], x_label: str, show: Callable[[float], str]) -> Markup:
     """Before and after on one axis, a row a pair: dots, intervals as thick lines, the change in words at the right."""
-    rows = rows[:_MOST_ROWS]
+    rows = rows[:MOST_ROWS]
     left, right = 12, WIDTH - 12
     bottom = len(rows) * 46 + 2
     shown = [m for row in rows for m in (row.before, row.after) if m]
@@ -180,7 +180,7 @@ class Point:
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Markup:
     """Labelled points with vertical intervals. The vertical axis is logarithmic where values span more than 12 times."""
-    points = points[:_MOST_ROWS]
+    points = points[:MOST_ROWS]
     height, left, right, top, bottom = 260, 46, 348, 32, 216
     x = axis([p.x for p in points], left + 14, right - 14, most=4)
     values = [v for p in points for v in (p.y, p.low, p.high) if known(v)]

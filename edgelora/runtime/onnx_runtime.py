@@ -158,17 +158,16 @@ def _cache_shapes(session: ort.InferenceSession) -> dict[str, tuple[int, int, An
             continue
         if not _PAST.fullmatch(value.name):
             raise Unsupported(f"unknown input {value.name!r} of the ONNX graph", "only text decoders written by `edgelora export` are run")
-        if len(value.shape) != 4 or not all(isinstance(n, int) for n in (value.shape[1], value.shape[3])) or value.type not in _DTYPES:
-            raise Unsupported(
-                f"input {value.name!r} has shape {value.shape} of {value.type}, not (batch, heads, tokens, dimension)", _AGAIN
-            )
-        shapes[value.name] = (value.shape[1], value.shape[3], _DTYPES[value.type])
+        shape = value.shape
+        if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int) or value.type not in _DTYPES:
+            expected = "(batch, heads, tokens, dimension) with numbers for heads and dimension"
+            raise Unsupported(f"input {value.name!r} has shape {shape} of {value.type}, not {expected}", _AGAIN)
+        shapes[value.name] = (shape[1], shape[3], _DTYPES[value.type])
     outputs = {o.name for o in session.get_outputs()}
-    missing = {"logits", *(name.replace("past_key_values", "present") for name in shapes)} - outputs
-    if missing or not shapes:
-        raise Unsupported(
-            f"the ONNX graph has no {min(missing, default='past_key_values.0.key')!r}", "only decoders with a key/value cache are run"
-        )
+    wanted = {"logits", *(name.replace("past_key_values", "present") for name in shapes)}
+    if not shapes or not wanted <= outputs:
+        lacking = min(wanted - outputs, default="past_key_values.0.key")
+        raise Unsupported(f"the ONNX graph has no {lacking!r}", "only decoders with a key/value cache are run")
     return shapes
 
 
@@ -299,9 +298,8 @@ def _check_tensor(data: mmap.mmap, start: int, end: int, folder: Path, sizes: di
         elif number == 9 and isinstance(value, tuple):
             stored = value[1] - value[0]
         elif number == 13 and isinstance(value, tuple):
-            pair = {
-                n: data[v[0] : min(v[1], v[0] + 4096)].decode("utf-8", "replace") for n, v in _fields(data, *value) if isinstance(v, tuple)
-            }
+            texts = {n: v for n, v in _fields(data, *value) if isinstance(v, tuple)}
+            pair = {n: data[a : min(b, a + 4096)].decode("utf-8", "replace") for n, (a, b) in texts.items()}
             if pair.get(1) in ("location", "offset", "length"):
                 external[pair[1]] = pair.get(2, "")
     if kind == _STRING and not external:
