@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,7 @@ def describe() -> dict[str, Any]:
     """This machine as a JSON object.
 
     `class` names machines whose figures may be compared ("x86-2core", "arm64-4core", "h100-80gb"); `cores` are those
-    this process may use; `memory_bytes` is what it may use at most; `gpu` and `load_average` (one minute) are None
-    where there is none.
+    this process may use; `memory_bytes` is what it may use at most; `gpu` is None where there is none.
     """
     gpus = _gpus()
     names = {name for name, _ in gpus}
@@ -52,20 +52,15 @@ def cores() -> int:
 
 def memory_bytes() -> int:
     """Memory of the machine, or of the cgroup this process lives in where that is less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else _windows_memory()[0]
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [limit for limit, _ in cgroup_memory(_CGROUPS, _read("/proc/self/cgroup"))]
     return min([total, *limits])
 
 
 def available_memory_bytes() -> int:
-    """What can be allocated now without swapping: the kernel's own estimate, within the cgroup's limit."""
+    """What can be allocated now without swapping, within the cgroup's limit; all memory where the kernel makes no estimate."""
     match = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.M)
-    if match:
-        free = int(match[1]) * 1024
-    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        free = _windows_memory()[1] if sys.platform == "win32" else memory_bytes()
+    free = int(match[1]) * 1024 if match else memory_bytes()
     return min([free, *(max(0, limit - used) for limit, used in cgroup_memory(_CGROUPS, _read("/proc/self/cgroup")))])
 
 
@@ -77,14 +72,18 @@ def peak_rss_bytes() -> int:
     match = re.search(r"^VmHWM:\s+(\d+) kB", _read("/proc/self/status"), re.M)
     if match:
         return int(match[1]) * 1024
-    import resource  # not on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def load_average() -> float | None:
-    """Processes that wanted a core, averaged over the last minute; None where the system keeps no such count."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+def load_average() -> float:
+    """Processes that wanted a core, averaged over the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+def others_running() -> int | None:
+    """Threads beside the calling one that want a core at this moment; None where the kernel does not say."""
+    match = re.match(r"\S+ \S+ \S+ (\d+)/", _read("/proc/loadavg"))
+    return max(0, int(match[1]) - 1) if match else None
 
 
 def cpu_features() -> list[str]:
@@ -169,15 +168,6 @@ def _os_name() -> str:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError, AttributeError):
         return f"{platform.system()} {platform.release()}"
-
-
-def _windows_memory() -> tuple[int, int]:
-    """(total, available) bytes, by GlobalMemoryStatusEx."""
-    import ctypes
-
-    status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: two u32 (its length first), then seven u64
-    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
-    return status[1], status[2]
 
 
 def _read(path: str | Path) -> str:

@@ -19,7 +19,7 @@ import yaml
 
 from edgelora import report
 from edgelora.errors import DiskFull, EdgeloraError, ModelError, UsageError
-from edgelora.report import figures, markup, plot, schema
+from edgelora.report import figures, markdown, markup, plot, schema
 
 GGUF, ONNX = "quickstart-q4_k_m.gguf", "quickstart-int4-mixed-onnx"
 QUESTION, ANSWER = "荷物が届かない場合はどうすればよいですか。", "「注文履歴」から調査を依頼してください。"
@@ -57,8 +57,17 @@ def doc() -> dict[str, Any]:
             "kept": "nf4",
             "why": "It is closest to the model as trained.",
             "candidates": [
-                {"base": "nf4", "valid_loss": 1.7431, "kl": 0.00021, "top1": 0.997},
-                {"base": "16bit", "valid_loss": 1.8562, "kl": 0.277, "top1": 0.751},
+                {
+                    "base": "nf4",
+                    "loss": 1.7431,
+                    "kl": 0.00021,
+                    "kl_low": 0.0001,
+                    "kl_high": 0.0003,
+                    "top1": 0.997,
+                    "rows": 16,
+                    "tokens": 950,
+                },
+                {"base": "16bit", "loss": 1.8562, "kl": 0.277, "top1": 0.751},
             ],
         },
         "files": [
@@ -118,7 +127,7 @@ def doc() -> dict[str, Any]:
                 "peak_rss_bytes": 245_000_000,
                 "cpu_s_per_token": 0.0151,
                 "load_average": 0.4,
-                "bandwidth_gb_per_s": 6.89,
+                "bandwidth_gb_per_s": 14.7,
                 "bandwidth_share": 0.47,
                 "samples_ms": {"ttft": [117.0, 118.4, 131.0], "decode": [15.1, 15.3, 15.6]},
             }
@@ -215,14 +224,12 @@ The file that ships: 105.5 MB, 41 % lower loss than the untuned base on paraphra
 
 def test_markdown_details(doc: dict[str, Any]) -> None:
     text = report.to_markdown(doc)
-    assert (
-        "| `quickstart-q4_k_m.gguf` | llama.cpp | 1 | 32 | 310 ms | 118 ms | 271 | 65.3 | 245.0 MB | 15.1 ms | 6.89 GB/s (47 % of the ceiling) | 0.4"
-        in text
-    )
+    speed = "118 ms | 271 | 65.3 | 245.0 MB | 15.1 ms | 47 % (of 14.7 GB/s) | 0.40 |"
+    assert f"| `{GGUF}` | llama.cpp | 1 | 32 | 310 ms | {speed}" in text
     assert "- Trained parameters: 4,884,480 of 139,399,488\n- Trained share: 3.50 %\n" in text
     assert "- Peak memory: 2.93 GB (predicted: 3.10 GB)\n- Full fine-tuning would need: predicted: 5.40 GB\n" in text
     assert "- Time: 15 min 11 s (predicted: 14 min 00 s)\n" in text
-    assert "| the dequantized 4-bit base (nf4) | 1.743 | 0.000210 | 99.7 % | ✓ kept |" in text
+    assert "| the dequantized 4-bit base (nf4) | 1.743 | 0.000210 [0.000100, 0.000300] | 99.7 % | 16 rows (950 tokens) | ✓ kept |" in text
     assert "```sh\nedgelora run quickstart.yaml\n```" in text
 
 
@@ -244,6 +251,16 @@ def test_headline_claims_no_more_than_the_interval(doc: dict[str, Any], change: 
 def test_headline_speaks_of_the_first_file_only(doc: dict[str, Any]) -> None:
     doc["files"].reverse()  # the ONNX folder ships now; it has neither losses nor a bench
     assert "\nThe file that ships: 113.6 MB.\n" in report.to_markdown(doc)
+
+
+def test_disturbed_speeds_say_so(doc: dict[str, Any]) -> None:
+    assert "disturbed" not in (report.to_html(doc) + report.to_markdown(doc)).lower()
+    doc["bench"][0] |= {"noisy": True, "noisy_why": "the repeats' decode medians are 40% apart"}
+    text = report.to_markdown(doc)
+    assert "65.3 tok/s on this machine (disturbed, see below)." in text
+    assert "| Disturbed by |" in text
+    assert "| the repeats' decode medians are 40% apart |" in text
+    assert "llama.cpp, 1 thread, 32-token prompt, disturbed" in Page(report.to_html(doc)).text
 
 
 @pytest.mark.parametrize(
@@ -322,7 +339,7 @@ def test_each_section_can_be_missing_or_alone(doc: dict[str, Any], section: str)
 
 
 def test_every_figure_can_be_missing(doc: dict[str, Any]) -> None:
-    """Null and NaN in place of every single value: the words None and nan never appear."""
+    """Null in place of every single value, NaN and infinity of every number: the words None and nan never appear."""
     for hole in (None, math.nan, math.inf):
         for path in _leaves(doc):
             if path[0] in ("schema", "name", "recipe"):
@@ -331,6 +348,8 @@ def test_every_figure_can_be_missing(doc: dict[str, Any]) -> None:
             place = broken
             for key in path[:-1]:
                 place = place[key]
+            if hole is not None and (isinstance(place[path[-1]], str | bool) or place[path[-1]] is None):
+                continue
             place[path[-1]] = hole
             page = report.to_html(broken)
             assert not UNMEASURED.search(Page(page).words), path
@@ -371,8 +390,8 @@ def test_hostile_text_stays_text(doc: dict[str, Any], text: str, tmp_path: Path)
     assert markup.visible(doc["answers"][0]["question"]) in page.words
     paths = report.write(doc, tmp_path)
     assert report.read(paths["json"]) == doc
-    shown = report.to_markdown(doc)
-    assert len(shown) <= 65_536
+    assert len(report.to_markdown(doc)) <= 65_536
+    shown = re.sub(r"^(`{3,})sh\n(.*\n)\1$", "", report.to_markdown(doc), flags=re.M)  # a command in a code block is inert
     assert "<script" not in shown
     assert "<img" not in shown
     assert "<iframe" not in shown
@@ -390,6 +409,22 @@ def _replaced(value: Any, text: str) -> Any:
     if isinstance(value, list):
         return [_replaced(item, text) for item in value]
     return text if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("<b> &amp; a < b", "&lt;b> &amp;amp; a < b"),
+        ("q4_k_m _x_ *y*", r"q4_k_m \_x\_ \*y\*"),
+        ("[0.1, 0.2] [x](y) [1](y)", r"[0.1, 0.2] \[x](y) \[1](y)"),
+        ("a|b\nc", r"a\|b c"),
+        ("# 1. - x", r"\# 1. - x"),
+        ("1. x", r"\1. x"),
+        ("\u202ex", "⟨U+202E⟩x"),
+    ],
+)
+def test_markdown_escapes_what_means_something_and_no_more(text: str, escaped: str) -> None:
+    assert markdown.escape(text) == escaped
 
 
 def test_page_reaches_for_nothing(doc: dict[str, Any]) -> None:

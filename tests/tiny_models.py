@@ -63,10 +63,19 @@ _OWN: dict[str, dict[str, Any]] = {
     },
 }
 ARCHITECTURES = tuple(_OWN)
-_TOKENIZER = {"llama": "smollm", "mistral": "sentencepiece", "qwen3": "qwen2", "qwen2": "qwen2", "smollm3": "llama-bpe", "gemma3_text": "gemma"}
+_TOKENIZER = {
+    "llama": "smollm",
+    "mistral": "sentencepiece",
+    "qwen3": "qwen2",
+    "qwen2": "qwen2",
+    "smollm3": "llama-bpe",
+    "gemma3_text": "gemma",
+}
 
 
-def tiny_model(arch: str, folder: Path, *, tokenizer: str | None = None, dtype: torch.dtype = torch.float16, seed: int = 0, **config_changes: Any) -> Path:
+def tiny_model(
+    arch: str, folder: Path, *, tokenizer: str | None = None, dtype: torch.dtype = torch.float16, seed: int = 0, **config_changes: Any
+) -> Path:
     """Save a random model of model type `arch` with a tokenizer into `folder` and return it.
 
     Weights are rounded to float16, so a float16 file holds them exactly. `config_changes` go into the configuration;
@@ -87,13 +96,15 @@ def tiny_model(arch: str, folder: Path, *, tokenizer: str | None = None, dtype: 
 
 
 def _random(name: str, weight: torch.Tensor, gemma: bool) -> torch.Tensor:
+    if name.endswith(("q_norm.weight", "k_norm.weight")):
+        return weight + 1 + 0.3 * torch.randn_like(weight)  # of queries and keys larger, see below
     if name.endswith("norm.weight"):
         return weight + 0.3 * torch.randn_like(weight)  # around what transformers starts with: zero for Gemma, else one
     if weight.ndim == 1:
         return 0.5 * torch.randn_like(weight)
     if "embed_tokens" in name or "lm_head" in name:
         # Gemma multiplies embeddings by sqrt(hidden_size) and gives its final norm a gain around one.
-        return (0.15 if gemma else 0.4) * torch.randn_like(weight)
+        return (0.3 if gemma else 0.4) * torch.randn_like(weight)
     # Queries and keys twice as large, so that attention picks rather than averages.
     gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.5
     return gain * torch.randn_like(weight) / weight.shape[-1] ** 0.5
@@ -114,18 +125,21 @@ def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(kind: str) -> Tokenizer:
-    steps = {
+    kinds: dict[str, list[Any]] = {
         "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)],
         "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)],
         "qwen2": [pre_tokenizers.Split(Regex(_QWEN2), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
         "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
-    }[kind]
+    }
+    steps = kinds[kind]
     backend = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     backend.decoder = decoders.ByteLevel()
     if kind == "qwen2":
         backend.normalizer = normalizers.NFC()
-    trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=480, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     backend.train_from_iterator(TEXTS, trainer)
     backend.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     if kind == "llama-bpe":

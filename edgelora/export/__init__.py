@@ -4,7 +4,7 @@
     TYPES: Mapping[str, str]                # name -> one line that describes it
     RUNTIME: str                            # the entry of edgelora.runtime.RUNTIMES that its users will run it with
     REQUIRES: tuple[str, ...]               # importable modules it needs
-    def predict_bytes(model: Path, type: str) -> int
+    def predict_bytes(model: Path, type: str, name: str) -> int
     def write(model: Path, type: str, folder: Path, name: str, progress) -> Path
 
 `model` is a Hugging Face folder (config.json, *.safetensors, tokenizer files). `write` fills `folder` and returns the

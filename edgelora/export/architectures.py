@@ -121,9 +121,14 @@ def _rotation(config: Any, *kinds: str) -> Metadata:
     """Keys of the rotary embedding; `kinds` are the scalings that llama.cpp runs for this architecture."""
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
-    keys: Metadata = {"rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))}
+    keys: Metadata = {
+        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.dimension_count": int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0)),
+    }
     if kind not in ("default", *kinds):
-        raise ModelError(f"rope_type {kind!r} of this {config.model_type} model cannot be written to GGUF", f"known here: default, {', '.join(kinds)}")
+        raise ModelError(
+            f"rope_type {kind!r} of this {config.model_type} model cannot be written to GGUF", f"known here: default, {', '.join(kinds)}"
+        )
     if kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
@@ -137,7 +142,9 @@ def _rotation(config: Any, *kinds: str) -> Metadata:
 def _require(config: Any, **wanted: Any) -> None:
     for key, value in wanted.items():
         if getattr(config, key, value) != value:
-            raise ModelError(f"{key} {getattr(config, key)!r} of this {config.model_type} model is not what llama.cpp runs", f"llama.cpp runs {value!r}")
+            raise ModelError(
+                f"{key} {getattr(config, key)!r} of this {config.model_type} model is not what llama.cpp runs", f"llama.cpp runs {value!r}"
+            )
 
 
 def _llama_metadata(config: Any) -> Metadata:
@@ -193,7 +200,9 @@ def _gemma3_metadata(config: Any) -> Metadata:
     _require(config, use_bidirectional_attention=False)
     far, near = config.rope_parameters["full_attention"], config.rope_parameters["sliding_attention"]
     if near.get("rope_type", "default") != "default" or far.get("rope_type", "default") not in ("default", "linear"):
-        raise ModelError(f"rotary scaling {config.rope_parameters} of this Gemma 3 model cannot be written to GGUF", "known: linear, on full attention")
+        raise ModelError(
+            f"rotary scaling {config.rope_parameters} of this Gemma 3 model cannot be written to GGUF", "known: linear, on full attention"
+        )
     keys = _common(config) | {
         "context_length": config.max_position_embeddings,
         "rope.freq_base": float(far["rope_theta"]),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ class _Layout:
         metadata = {
             "general.architecture": architecture.name,
             "general.type": "model",
-            "general.name": name,
+            "general.name": _plain_name(name),
             "general.file_type": int(file_type.code),
             "general.quantization_version": GGML_QUANT_VERSION,
             **{f"{architecture.name}.{key}": value for key, value in architecture.metadata(config).items()},
@@ -150,6 +151,11 @@ class _Layout:
     @property
     def data_start(self) -> int:
         return _padded(len(self.header))
+
+
+def _plain_name(name: str) -> str:
+    """llama.cpp makes every special token of a model called phi-3 swallow the spaces after it (llama-vocab.cpp), so none is called that."""
+    return re.sub("(phi)-?3", r"\1 3", name, flags=re.IGNORECASE)
 
 
 def _padded(size: int) -> int:
@@ -194,13 +200,17 @@ def _packed(tensor: _Tensor, layout: _Layout, importance: Importance | None) -> 
         try:
             weight = tensor.source.change(weight, layout.config)
         except RuntimeError as error:
-            raise ModelError(f"{tensor.source.name} of shape {tensor.shape} does not fit config.json: {error}", "copy the model again") from error
+            raise ModelError(
+                f"{tensor.source.name} of shape {tensor.shape} does not fit config.json: {error}", "copy the model again"
+            ) from error
     weight = weight.reshape(-1, tensor.shape[-1])
     rows = max(1, _VALUES_AT_ONCE // tensor.shape[-1])
     for first in range(0, weight.shape[0], rows):
         values = weight[first : first + rows].float().numpy()
         if not np.isfinite(values).all():
-            raise ModelError(f"{tensor.source.name} holds NaN or infinite weights", "the training diverged: lower the learning rate and train again")
+            raise ModelError(
+                f"{tensor.source.name} holds NaN or infinite weights", "the training diverged: lower the learning rate and train again"
+            )
         if tensor.type == GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
             raise ModelError(f"{tensor.source.name} holds {np.abs(values).max():.3g}, more than f16 can", "choose bf16 or f32")
         try:
@@ -228,7 +238,10 @@ class _Checkpoint:
                         raise ModelError(f"{path} lacks the tensor {name} that the index promises", "copy the model again")
                     part = shard.get_slice(name)
                     if part.get_dtype() not in _FLOAT_DTYPES:
-                        raise ModelError(f"{name} is stored as {part.get_dtype()}", "export needs 16- or 32-bit weights: merge or dequantize the model first")
+                        raise ModelError(
+                            f"{name} is stored as {part.get_dtype()}",
+                            "export needs 16- or 32-bit weights: merge or dequantize the model first",
+                        )
                     files[name], shapes[name] = path, tuple(part.get_shape())
         return cls(files, shapes)
 
@@ -291,5 +304,7 @@ def _matched(wanted: Mapping[str, architectures.Source], checkpoint: _Checkpoint
     if config.tie_word_embeddings:
         left.discard("lm_head.weight")  # a copy of the embedding
     if left:
-        raise ModelError(f"GGUF export has no place for {len(left)} tensors, the first is {min(left)}", f"is this a plain {config.model_type} model?")
+        raise ModelError(
+            f"GGUF export has no place for {len(left)} tensors, the first is {min(left)}", f"is this a plain {config.model_type} model?"
+        )
     return found

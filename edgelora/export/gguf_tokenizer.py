@@ -72,7 +72,9 @@ def _load(model: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise whatever they meet first
-        raise ModelError(f"cannot read the tokenizer of {model}: {error}", "the folder needs tokenizer.json and tokenizer_config.json") from error
+        raise ModelError(
+            f"cannot read the tokenizer of {model}: {error}", "the folder needs tokenizer.json and tokenizer_config.json"
+        ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{model} has a tokenizer without tokenizer.json", "save it again with a fast tokenizer")
     return tokenizer
@@ -85,12 +87,17 @@ def _tokens(vocab: dict[str, int], added: Iterable[dict[str, Any]], size: int) -
     added = list(added)
     biggest = max([*vocab.values(), *(token["id"] for token in added)], default=-1)
     if biggest >= size:
-        raise ModelError(f"the tokenizer has id {biggest} but the model only {size} rows of embedding", "resize the embedding before export")
+        raise ModelError(
+            f"the tokenizer has id {biggest} but the model only {size} rows of embedding", "resize the embedding before export"
+        )
     for text, i in vocab.items():
         texts[i], types[i] = text, TokenType.NORMAL
     for token in added:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise ModelError(f"token {token['content']!r} strips spaces or wants word borders, which GGUF cannot say", "save it without lstrip, rstrip, single_word")
+            raise ModelError(
+                f"token {token['content']!r} strips spaces or wants word borders, which GGUF cannot say",
+                "save it without lstrip, rstrip, single_word",
+            )
         texts[token["id"]] = token["content"]
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     return texts, types
@@ -121,7 +128,9 @@ def _step(step: dict[str, Any] | None) -> tuple[Any, ...]:
             return (json.dumps(step),)
 
 
-def _sentencepiece(backend: dict[str, Any], texts: list[str], types: list[TokenType], merges: list[tuple[str, ...]], tokenizer: Any) -> dict[str, Any]:
+def _sentencepiece(
+    backend: dict[str, Any], texts: list[str], types: list[TokenType], merges: list[tuple[str, ...]], tokenizer: Any
+) -> dict[str, Any]:
     """llama.cpp joins the neighbours whose joined text has the highest score, so a token scores by its first merge."""
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(merges):
@@ -136,7 +145,9 @@ def _sentencepiece(backend: dict[str, Any], texts: list[str], types: list[TokenT
                 types[i] = TokenType.NORMAL  # found in raw text only, where no ▁ stands; else made by merges
     byte_ids = [backend["model"]["vocab"].get(f"<0x{byte:02X}>") for byte in range(256)]
     if None in byte_ids:
-        raise ModelError(f"the tokenizer has no token <0x{byte_ids.index(None):02X}> to fall back to", "llama.cpp needs all 256 byte tokens")
+        raise ModelError(
+            f"the tokenizer has no token <0x{byte_ids.index(None):02X}> to fall back to", "llama.cpp needs all 256 byte tokens"
+        )
     for i in byte_ids:
         types[i] = TokenType.BYTE
     if tokenizer.unk_token_id is not None:
@@ -219,5 +230,7 @@ def _check_distinct(texts: list[str]) -> None:
 def _unknown(what: str, found: Any) -> ModelError:
     return ModelError(
         f"GGUF export does not know this {what}: {json.dumps(found, ensure_ascii=False)[:400]}",
-        "llama.cpp must split text the same way; known pre-tokenizers: " + ", ".join(sorted(set(_PRE_TOKENIZERS.values()))) + ", SentencePiece BPE",
+        "llama.cpp must split text the same way; known pre-tokenizers: "
+        + ", ".join(sorted(set(_PRE_TOKENIZERS.values())))
+        + ", SentencePiece BPE",
     )

@@ -288,12 +288,12 @@ def _quantize_embedding(graph: onnx.GraphProto, folder: Path, tied: bool) -> dic
         return {}
     arrays: dict[str, np.ndarray] = {}
     if tied:
-        table = onnx.TensorProto()
-        table.CopyFrom(tensors[head.input[1]])
-        table.name = "model.embed_tokens.weight_quantized"
-        table.dims[:] = [settings["N"], settings["K"] * settings["bits"] // 8]
-        names, bits, block = [table.name, *head.input[2:]], settings["bits"], settings["block_size"]
-        graph.initializer.append(table)
+        alias = onnx.TensorProto()
+        alias.CopyFrom(tensors[head.input[1]])
+        alias.name = "model.embed_tokens.weight_quantized"
+        alias.dims[:] = [settings["N"], settings["K"] * settings["bits"] // 8]
+        names, bits, block = [alias.name, *head.input[2:]], settings["bits"], settings["block_size"]
+        graph.initializer.append(alias)
     else:
         bits, block = 8, _BLOCK
         table, scales = _round_rows(_external_array(tensors[lookup.input[0]], folder), block)

@@ -65,7 +65,7 @@ def export(
 
     def make(folder: Path) -> dict[str, Any]:
         progress(0.0, f"writing {section.format} {kind}")
-        predicted = module.predict_bytes(model, kind)
+        predicted = module.predict_bytes(model, kind, name)
         written = module.write(model, kind, folder, name, lambda share, text: progress(0.8 * share, text))
         progress(0.8, f"opening {written.name} in {module.RUNTIME}")
         scratch = folder / ".scratch"

@@ -53,9 +53,13 @@ def quantize(values: np.ndarray, type: GGMLQuantizationType, importance: np.ndar
     ggml = _library()
     written = ggml.ggml_quantize_chunk(type, values.ctypes.data_as(_FLOATS), packed.ctypes.data, 0, rows, columns, weights)
     if written != packed.nbytes:
-        raise ModelError(f"ggml wrote {written} bytes of {type.name} where {packed.nbytes} were expected", "reinstall gguf and llama-cpp-python")
+        raise ModelError(
+            f"ggml wrote {written} bytes of {type.name} where {packed.nbytes} were expected", "reinstall gguf and llama-cpp-python"
+        )
     if not ggml.ggml_validate_row_data(type, packed.ctypes.data, packed.nbytes):
-        raise ModelError(f"values up to {np.abs(values).max():.3g} do not fit {type.name}", "choose f32 or bf16, or train with a lower learning rate")
+        raise ModelError(
+            f"values up to {np.abs(values).max():.3g} do not fit {type.name}", "choose f32 or bf16, or train with a lower learning rate"
+        )
     return packed
 
 

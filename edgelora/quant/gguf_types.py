@@ -50,7 +50,14 @@ FILE_TYPES = {
 
 _FLOATS = (Type.F32, Type.F16, Type.BF16)
 # A type with blocks of 256 weights, and the one with blocks of 32 that stands in for it on other row lengths.
-_FALLBACK = {Type.Q2_K: Type.Q4_0, Type.Q3_K: Type.Q4_0, Type.IQ4_XS: Type.IQ4_NL, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
+_FALLBACK = {
+    Type.Q2_K: Type.Q4_0,
+    Type.Q3_K: Type.Q4_0,
+    Type.IQ4_XS: Type.IQ4_NL,
+    Type.Q4_K: Type.Q5_0,
+    Type.Q5_K: Type.Q5_1,
+    Type.Q6_K: Type.Q8_0,
+}
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
@@ -76,7 +83,9 @@ def file_type(name: str) -> FileType:
     """Look a file type up by name; ModelError with the nearest names when there is none."""
     if name not in FILE_TYPES:
         near = difflib.get_close_matches(name.lower().replace("-", "_"), FILE_TYPES, n=3)
-        raise ModelError(f"unknown GGUF type {name!r}", f"did you mean {', '.join(near)}?" if near else f"known types: {', '.join(FILE_TYPES)}")
+        raise ModelError(
+            f"unknown GGUF type {name!r}", f"did you mean {', '.join(near)}?" if near else f"known types: {', '.join(FILE_TYPES)}"
+        )
     return FILE_TYPES[name]
 
 

@@ -24,9 +24,9 @@ from edgelora.errors import EdgeloraError, ModelError
 from edgelora.report.comparison import compare
 from edgelora.report.markdown import to_markdown
 from edgelora.report.page import to_html
-from edgelora.report.schema import is_comparison, plain, validate
+from edgelora.report.schema import SCHEMA, is_comparison, plain, validate
 
-__all__ = ["compare", "read", "to_html", "to_json", "to_markdown", "validate", "write"]
+__all__ = ["SCHEMA", "compare", "read", "to_html", "to_json", "to_markdown", "validate", "write"]
 
 MAX_BYTES = 64 << 20
 

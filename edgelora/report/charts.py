@@ -33,7 +33,8 @@ def losses(doc: Doc) -> Markup:
             shown[names.get(file, file)] = series[file]
     if not pairs:
         return NOTHING
-    legend = [_key("ref", "untuned base"), *(_key(style, name) for name, style in shown.items() if name)]
+    named = [_key(style, name) for name, style in shown.items() if name]
+    legend = [_key("ref", "untuned base"), *(named if len(named) <= 4 else [tag("span", "in colour: the exported file")])]
     drawing = plot.pairs(pairs, "loss, nats a token; lower is better", f.loss)
     return _figure("Loss on rows that training never saw", legend, drawing, len(pairs))
 

@@ -44,7 +44,8 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
 def escape(text: str) -> str:
     """Text that Markdown and HTML leave as it is, on one line; an @ does not notify anyone."""
     line = " ".join(visible(text).split())
-    line = _SPECIAL.sub(r"\\\g<0>", re.sub(r"&(?=[#\w])", "&amp;", re.sub(r"<(?=[\w/!?])", "&lt;", line)))
+    line = re.sub(r"<(?=[\w/!?])", "&lt;", re.sub(r"&(?=[#\w])", "&amp;", line))
+    line = _SPECIAL.sub(r"\\\g<0>", line)
     line = re.sub(r"^([-+=#>]|\d+[.)](?=\s|$))", r"\\\1", line)
     return line.replace("@", "@\u200b").replace("://", ":\u200b//")
 

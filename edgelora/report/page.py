@@ -91,9 +91,13 @@ def _tiles(doc: Mapping[str, Any]) -> Markup:
         _tile(
             f.number(file.get("kl")),
             "KL to the trained model, nats a token",
-            _joined(f.labelled("same top token ", top1), f.sample(None, file.get("tokens"))),
+            _joined(f.labelled("same top token ", top1), f.sample(file.get("rows"), file.get("tokens"))),
         ),
-        _tile(f.suffixed(f.number(bench.get("decode_tok_per_s")), "tok/s"), "decode", comparison.bench_words(bench)),
+        _tile(
+            f.suffixed(f.number(bench.get("decode_tok_per_s")), "tok/s"),
+            "decode",
+            _joined(comparison.bench_words(bench), "disturbed" if tables.disturbed(bench) else ""),
+        ),
         _tile(f.ms(bench.get("ttft_ms")), "to the first token", _joined(f.suffixed(prompt, "prompt tokens"), f.suffixed(runs, "runs"))),
         _tile(f.size(bench.get("peak_rss_bytes")), "peak memory while running", bench.get("runtime") or ""),
         _tile(f.seconds(measured.get("seconds")), "training time", f.suffixed(f.size(measured.get("peak_rss_bytes")), "peak memory")),

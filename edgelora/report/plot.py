@@ -61,6 +61,13 @@ def axis(values: Sequence[float], start: float, end: float, *, zero: bool = Fals
     return Axis(math.floor(low / step + 1e-6) * step, math.ceil(high / step - 1e-6) * step, start, end)
 
 
+def close(values: Sequence[float], start: float, end: float) -> Axis:
+    """An axis that ends a little outside of the values, wherever that is: for points, whose labels want the room."""
+    wide = axis(values, start, end)
+    room = (max(values) - min(values)) * 0.05
+    return Axis(min(values) - room, max(values) + room, start, end) if room > (wide.high - wide.low) * 1e-6 else wide
+
+
 def curves(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str) -> Markup:
     """Lines over steps; the second and later series are marked with dots, the lowest point of the last is named."""
     height, left, right, top, bottom = 240, 46, 348, 30, 200
@@ -181,8 +188,8 @@ class Point:
 def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Markup:
     """Labelled points with vertical intervals. The vertical axis is logarithmic where values span more than 12 times."""
     points = points[:MOST_ROWS]
-    height, left, right, top, bottom = 260, 46, 348, 32, 216
-    x = axis([p.x for p in points], left + 14, right - 14, most=4)
+    height, left, right, top, bottom = 272, 46, 348, 46, 228
+    x = close([p.x for p in points], left + 36, right - 14)
     values = [v for p in points for v in (p.y, p.low, p.high) if known(v)]
     # a logarithm where a linear axis would press most points onto zero
     wide = min(values) > _TINY and max(values) > 12 * min(values)
@@ -190,7 +197,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Markup:
     marks = [_text(left - 40, 14, y_label + (" (log scale)" if wide else ""), "axis"), *_grid_y(y, left, right)]
     marks += [
         tag("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="base"),
-        *_ticks_x(x, bottom, 4),
+        *_ticks_x(x, bottom),
         _text(right, height - 6, x_label, "axis end"),
     ]
     taken = [(x.at(p.x) - 6, y.at(p.y) - 6, x.at(p.x) + 6, y.at(p.y) + 6) for p in points]
@@ -199,8 +206,11 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Markup:
         if known(p.low) and known(p.high):
             marks.append(tag("line", x1=px, x2=px, y1=y.at(p.low), y2=y.at(p.high), class_=f"interval thin {p.series}"))
         marks.append(_dot(px, py, p.series, p.hint, 5))
-    for p in points:
-        marks += _placed(p, x.at(p.x), y.at(p.y), taken, (left, top - 10, WIDTH, bottom - 2))
+    waiting = sorted(points, key=lambda p: p.x)
+    for away in (9, 20, 32):  # labels beside their points first, then those that need a leader
+        found = {id(p): _placed(p, x.at(p.x), y.at(p.y), away, taken, (left, 20, WIDTH, bottom - 2)) for p in waiting}
+        marks += [mark for p in waiting for mark in found[id(p)]]
+        waiting = [p for p in waiting if not found[id(p)]]
     return _svg(height, f"{y_label} against {x_label}", marks)
 
 
@@ -245,23 +255,28 @@ def _lowest(series: tuple[str, Sequence[tuple[float, float]]], x: Axis, y: Axis,
     ]
 
 
-def _placed(
-    p: Point, px: float, py: float, taken: list[tuple[float, float, float, float]], frame: tuple[float, float, float, float]
-) -> list[Markup]:
-    """The point's label at the nearest free place around it; none when every place is taken (the hint still has it)."""
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _placed(p: Point, px: float, py: float, away: int, taken: list[_Box], frame: _Box) -> list[Markup]:
+    """The label of the point at (px, py) in a free place `away` from it, which is then taken; nothing when none is free.
+
+    A label that is not beside its point gets a leader, which keeps clear of others too, or it would seem to end there.
+    """
     label = shortened(p.label, 150, 12)
-    wide, high = text_width(label, 12), 14
-    for away in (9, 20, 32, 46):
-        for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
-            x = px + (dx * away if dx > 0 else dx * away - wide if dx < 0 else -wide / 2)
-            middle = py + dy * (away + 4)
-            box = (x, middle - high / 2, x + wide, middle + high / 2)
-            inside = box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
-            if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
-                taken.append(box)
-                text = _text(round(x, 1), round(middle + 4, 1), label, "label small halo", p.hint)
-                leader = [tag("line", x1=px, y1=py, x2=round(px + dx * away, 1), y2=round(middle, 1), class_="leader")] if away > 9 else []
-                return [*leader, text]
+    wide = text_width(label, 12)
+    others = [t for t in taken if not (t[0] < px < t[2] and t[1] < py < t[3])]
+    for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
+        x = px + (dx * away if dx > 0 else dx * away - wide if dx < 0 else -wide / 2)
+        middle = py + dy * (away + 4)
+        box = (x, middle - 7, x + wide, middle + 7)
+        inside = box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
+        free = not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
+        way = [(px + dx * away * s, py + (middle - py) * s) for s in (0.4, 0.6, 0.8, 1.0)] if away > 9 else []
+        if inside and free and not any(t[0] < wx < t[2] and t[1] < wy < t[3] for wx, wy in way for t in others):
+            taken.append(box)
+            leader = [tag("line", x1=px, y1=py, x2=round(px + dx * away, 1), y2=round(middle, 1), class_="leader")] if way else []
+            return [*leader, _text(round(x, 1), round(middle + 4, 1), label, "label small halo", p.hint)]
     return []
 
 

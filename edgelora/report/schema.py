@@ -50,12 +50,18 @@ REPORT: dict[str, Any] = {
         "curve": [{"step": float, "loss": float}],
         "valid_curve": [{"step": float, "loss": float}],
         "predicted": {"peak_rss_bytes": int, "seconds": float},
-        "measured": {"peak_rss_bytes": int, "seconds": float, "tokens_per_s": float},
+        "measured": {"peak_rss_bytes": int, "peak_gpu_bytes": int, "seconds": float, "tokens_per_s": float},
         "full_finetune_bytes": int,  # predicted memory of training every parameter
         "model_16bit_bytes": int,  # size of the merged 16-bit model that the files are made from
         "notes": [str],
     },
-    "merge": {"kept": str, "why": str, "candidates": [{"base": str, "valid_loss": float, "kl": float, "top1": float}]},
+    "merge": {  # measured on valid rows; kl: to the model as training left it
+        "kept": str,
+        "why": str,
+        "candidates": [
+            {"base": str, "loss": float, "kl": float, "kl_low": float, "kl_high": float, "top1": float, "rows": int, "tokens": int}
+        ],
+    },
     "files": [  # the first one is the one that ships
         {
             "file": str,
@@ -68,6 +74,7 @@ REPORT: dict[str, Any] = {
             "kl_low": float,
             "kl_high": float,
             "top1": float,
+            "rows": int,
             "tokens": int,
             "tokens_equal": bool,
             "template_equal": bool,
@@ -104,9 +111,11 @@ REPORT: dict[str, Any] = {
             "peak_rss_bytes": int,
             "cpu_s_per_token": float,
             "load_average": float,
-            "bandwidth_gb_per_s": float,
-            "bandwidth_share": float,
-            "samples_ms": {str: [float]},
+            "bandwidth_gb_per_s": float,  # what the memory of this machine can give
+            "bandwidth_share": float,  # of it, what decoding reached
+            "samples_ms": {str: [float]},  # ttft: one a repeat
+            "noisy": bool,
+            "noisy_why": str,
         }
     ],
     "checks": [{"what": str, "limit": str, "value": str, "ok": bool}],

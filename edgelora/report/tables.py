@@ -73,7 +73,7 @@ def files(doc: Row) -> Table:
             ),
             Column("KL, nats a token", lambda row: f.within(row.get("kl"), row.get("kl_low"), row.get("kl_high"), f.number)),
             Column("Same top token", _of("top1", f.percent)),
-            Column("n", lambda row: f.sample(None, row.get("tokens"))),
+            Column("n", lambda row: f.sample(row.get("rows"), row.get("tokens"))),
             Column("Tokenizer, template", parity, numeric=False),
             Column("SHA-256", lambda row: (row.get("sha256") or "")[:12], numeric=False),
         ],
@@ -138,17 +138,22 @@ def bench(doc: Row) -> Table:
             Column("Decode, tok/s", _of("decode_tok_per_s", f.number)),
             Column("Peak memory", _of("peak_rss_bytes", f.size)),
             Column("CPU a token", lambda row: f.ms(_times(row.get("cpu_s_per_token"), 1000))),
-            Column("Weights read", bandwidth),
+            Column("Memory bandwidth", bandwidth),
             Column("Load average", lambda row: f.number(row.get("load_average"), 2)),
+            Column("Disturbed by", disturbed, numeric=False),
         ],
     )
 
 
 def bandwidth(row: Row) -> str:
-    """'6.89 GB/s (47 % of the ceiling)': what decoding reads a second, and its share of what the memory can give."""
-    return f.aside(
-        f.suffixed(f.number(row.get("bandwidth_gb_per_s")), "GB/s"), f.suffixed(f.percent(row.get("bandwidth_share"), 0), "of the ceiling")
-    )
+    """'47 % (of 14.7 GB/s)': the share of what the memory can give that decoding reached."""
+    share, ceiling = f.percent(row.get("bandwidth_share"), 0), f.suffixed(f.number(row.get("bandwidth_gb_per_s")), "GB/s")
+    return f.aside(share, f.labelled("of ", ceiling)) if share else ""
+
+
+def disturbed(row: Row) -> str:
+    """What made this row's speeds doubtful; empty when nothing did."""
+    return (row.get("noisy_why") or "other work on the machine") if row.get("noisy") else ""
 
 
 def merge(doc: Row) -> Table:
@@ -157,9 +162,10 @@ def merge(doc: Row) -> Table:
         rows(section(doc, "merge"), "candidates"),
         [
             Column("Merged into", lambda row: merge_name(row.get("base")), numeric=False),
-            Column("Loss on valid", _of("valid_loss", f.loss)),
-            Column("KL to the trained model", _of("kl", f.number)),
+            Column("Loss on valid", _of("loss", f.loss)),
+            Column("KL to the trained model", lambda row: f.within(row.get("kl"), row.get("kl_low"), row.get("kl_high"), f.number)),
             Column("Same top token", _of("top1", f.percent)),
+            Column("n", lambda row: f.sample(row.get("rows"), row.get("tokens"))),
             Column("Kept", lambda row: f"{PASS}kept" if kept and row.get("base") == kept else "", numeric=False),
         ],
     )
@@ -223,6 +229,7 @@ def training(doc: Row) -> list[tuple[str, str]]:
         ("Data", f.sample(train.get("rows"), train.get("tokens"))),
         ("Epochs", f.plainest(train.get("epochs"))),
         ("Peak memory", against("peak_rss_bytes", f.size)),
+        ("Peak GPU memory", f.size(measured.get("peak_gpu_bytes"))),
         ("Full fine-tuning would need", f.labelled("predicted: ", f.size(train.get("full_finetune_bytes")))),
         ("Time", against("seconds", f.seconds)),
         ("Speed", f.suffixed(f.number(measured.get("tokens_per_s")), "tokens/s")),
@@ -275,7 +282,8 @@ def headline(doc: Row) -> str:
     """
     file, loss, bench_row = shipped(doc)
     speed = f.number(bench_row.get("decode_tok_per_s"))
-    parts = [f.size(file.get("size_bytes")), _loss_words(loss), f.suffixed(speed, "tok/s on this machine")]
+    where = "tok/s on this machine" + (" (disturbed, see below)" if disturbed(bench_row) else "")
+    parts = [f.size(file.get("size_bytes")), _loss_words(loss), f.suffixed(speed, where)]
     said = ", ".join(part for part in parts if part)
     return f"The file that ships: {said}." if said else ""
 

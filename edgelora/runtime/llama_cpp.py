@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ import llama_cpp
 import numpy as np
 
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
-from edgelora.gguf_header import read_header
+from edgelora.gguf_header import Array, Header, read_header
 
 REQUIRES = ("llama_cpp", "numpy")
 
@@ -29,6 +30,7 @@ _BATCH = 512  # tokens handed over at once: llama.cpp's own n_ubatch, so prompts
 _SCORE_BYTES = 64 << 20  # of logits that llama.cpp holds at once while scoring
 _SMALLEST_CONTEXT = 256  # tokens
 _ERROR, _CONTINUED = 4, 5  # ggml_log_level in ggml.h
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in llama-hparams.h
 _OVERFLOW = -(1 << 31)  # llama_tokenize: more tokens than an int32 counts
 
 # llama.cpp has one log for the whole process. We keep its last errors instead of letting it write on stderr; ctypes
@@ -63,6 +65,23 @@ def open_vocabulary(path: Path) -> Vocabulary:
     return Vocabulary(path)
 
 
+def bytes_per_token(path: Path) -> int:
+    """Bytes of weights that decoding one token reads. Of an embedding table of its own that is one row; of experts, those used."""
+    header = read_header(path)
+    tied = not any(t.name == "output.weight" for t in header.tensors)
+    arch = header.metadata.get("general.architecture")
+    experts, used = (header.metadata.get(f"{arch}.expert_{word}", 0) for word in ("count", "used_count"))
+    total = 0
+    for tensor in header.tensors:
+        if tensor.name == "token_embd.weight" and not tied:
+            total += tensor.n_bytes // tensor.shape[1]
+        elif "_exps." in tensor.name and experts:
+            total += tensor.n_bytes * used // experts
+        else:
+            total += tensor.n_bytes
+    return total
+
+
 class Vocabulary:
     """A GGUF file's tokenizer as llama.cpp runs it, and what the file says about conversations."""
 
@@ -71,7 +90,7 @@ class Vocabulary:
         self._context: Any = None
         self._batch: Any = None
         self._calls = 0
-        self._header = read_header(path)  # llama.cpp's reader may abort the process on what this refuses
+        self._header = _checked(path)
         llama_cpp.llama_log_set(_log, None)
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
@@ -253,6 +272,42 @@ class LlamaSession(Vocabulary):
     def _logits(self, row: int) -> np.ndarray:
         """The logits of the batch's row (-1: the last that has any), shape (vocabulary,): a view, valid until the next `_decode`."""
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, row), shape=(self._n_vocab,))
+
+
+def _checked(path: Path) -> Header:
+    """The header, seen to hold nothing on which llama.cpp would abort the whole process instead of reporting an error.
+
+    An unchanged file is looked at once a process, so that opening it again takes only as long as llama.cpp does.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", "name a GGUF file that you may read") from error
+    return _checked_content(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _checked_content(path: Path, size: int, mtime_ns: int) -> Header:
+    header = read_header(path)
+    values = header.metadata
+    arch = values.get("general.architecture")
+    layers, tokens = values.get(f"{arch}.block_count"), values.get("tokenizer.ggml.tokens")
+    why = ""
+    if type(layers) is not int or not 0 < layers <= _MAX_LAYERS:
+        why = f"{arch}.block_count is {layers!r}, not 1 to {_MAX_LAYERS}"
+    elif isinstance(tokens, Array) and len(set(tokens)) != len(tokens):
+        why = "its vocabulary holds a token twice"
+    for key, value in values.items():
+        if isinstance(value, float) and (not math.isfinite(value) or (key.endswith("epsilon") and value < 0)):
+            why = f"{key} is {value}"
+        elif type(value) is int and key.startswith(f"{arch}.") and value >= 1 << 31:
+            why = f"{key} is {value}"
+    for tensor in header.tensors:
+        if tensor.name.endswith("norm.weight") and tensor.type not in ("F32", "F16", "BF16"):
+            why = f"the tensor {tensor.name!r} is of type {tensor.type}"
+    if why:
+        raise ModelError(f"{path} is no usable language model: {why}", "export or download it again")
+    return header
 
 
 def _cause() -> str:

@@ -53,7 +53,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     from edgelora.train import loop
 
     train = recipe.train
-    torch.set_num_threads(recipe.threads or machine.describe()["cores"])
+    torch.set_num_threads(recipe.threads or machine.cores())
     dtype, note = load.arithmetic(train.dtype)
     tokenizer = models.open_tokenizer(base.folder)
     rows = [ids for _, ids in chat.encode_all(tokenizer, dataset.train, train.max_tokens)]

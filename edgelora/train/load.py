@@ -30,7 +30,7 @@ def arithmetic(wish: str) -> tuple[Any, str]:
     bf16 = (
         torch.cuda.is_bf16_supported(including_emulation=False)
         if on_gpu
-        else bool({"avx512_bf16", "amx_bf16", "bf16"} & set(machine.describe()["cpu_features"]))
+        else bool({"avx512_bf16", "amx_bf16", "bf16"} & set(machine.cpu_features()))
     )
     if wish == "auto":
         return (torch.bfloat16 if bf16 else torch.float16 if on_gpu else torch.float32), ""
@@ -46,7 +46,7 @@ def load_base(folder: Path, method: Method, dtype: Any) -> Any:
     """A base on this machine's device, ready for an adapter. `qlora`: NF4 with double quantization (Dettmers et al. 2023)."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": dtype, "device_map": device(), "local_files_only": True, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device(), "local_files_only": True, "attn_implementation": __import__("os").environ.get("ATT","sdpa")}
     if method == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
