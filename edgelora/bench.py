@@ -84,7 +84,10 @@ def bench_all(files: Sequence[tuple[Path, str]], settings: Bench, threads: int, 
             _warm_up(lambda child=child, request=request: _as_round(child.ask(request)))
         for repeat in range(settings.repeats):
             for number, (path, _) in enumerate(files):
-                progress((repeat * len(files) + number) / (settings.repeats * len(files)), f"{path.name}, repeat {repeat + 1} of {settings.repeats}")
+                progress(
+                    (repeat * len(files) + number) / (settings.repeats * len(files)),
+                    f"{path.name}, repeat {repeat + 1} of {settings.repeats}",
+                )
                 others.append(machine.others_running())
                 rounds[number].append(_as_round(children[number].ask(requests[number])))
     progress(1.0, "measured")
@@ -258,8 +261,17 @@ class _Child:
         code = self._process.wait()
         self._words.seek(0)
         said = [line.strip() for line in self._words.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        how = f"took longer than {self._limit_s:.0f} s" if timed_out else f"died of signal {-code}" if code < 0 else f"ended with status {code}"
-        return EdgeloraError(f"the bench of {self._name} {how}: {said[-1] if said else 'it said nothing'}", "measure it with fewer tokens, or free some memory")
+        how = (
+            f"took longer than {self._limit_s:.0f} s"
+            if timed_out
+            else f"died of signal {-code}"
+            if code < 0
+            else f"ended with status {code}"
+        )
+        return EdgeloraError(
+            f"the bench of {self._name} {how}: {said[-1] if said else 'it said nothing'}",
+            "measure it with fewer tokens, or free some memory",
+        )
 
 
 @contextlib.contextmanager

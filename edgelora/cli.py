@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -268,7 +269,7 @@ def export(
     module = exports.format_module(format_)
     models.config(model)
     if dry_run:
-        predicted = module.predict_bytes(model, str(section.type))
+        predicted = module.predict_bytes(model, str(section.type), name or model.absolute().name)
         out.result({"type": section.type, "predicted_bytes": predicted}, f"{format_} {section.type}: {predicted / 1e6:.1f} MB (predicted)")
         return
     _calm_libraries()
@@ -315,11 +316,8 @@ def evaluate(out: Output, file: Path, rows: Path, against: Path | None, most: in
         for number, path in enumerate([file, *([against] if against else [])]):
             with _session(path, threads) as session:
                 encoded = [talk.encode(session, row) for row in table]
-                measured.append(
-                    ev.losses(
-                        session, encoded, lambda share, n=number: progress("evaluate", (n + share) / (2 if against else 1), rows.name)
-                    )
-                )  # type: ignore[misc]
+                done = partial(_share, progress, "evaluate", rows.name, number, 2 if against else 1)
+                measured.append(ev.losses(session, encoded, done))
     found: dict[str, Any] = {"file": file.name, "rows": len(table), "tokens": int(measured[0].tokens.sum()), **ev.summary(measured[0])}
     lines = [f"{file.name}: loss {found['loss']:.4f} [{found['low']:.4f}, {found['high']:.4f}] nats a token, n = {len(table)} rows"]
     if against:
@@ -450,12 +448,11 @@ def report(out: Output, runs: tuple[Path, ...], output: Path | None) -> None:
     """
     from edgelora import report as reports
 
-    documents = [reports.read(_report_file(run)) for run in runs]
+    documents = [reports.read(run) for run in runs]
     if len(documents) == 1:
-        document, target = documents[0], output or _report_file(runs[0]).parent
+        document, target = documents[0], output or (runs[0] if runs[0].is_dir() else runs[0].parent)
     else:
         document, target = reports.compare(documents), output or Path("comparison")
-    target.mkdir(parents=True, exist_ok=True)
     files = reports.write(document, target)
     out.result({name: str(path) for name, path in files.items()}, *(f"wrote {path}" for path in files.values()))
 
@@ -474,7 +471,7 @@ def check(out: Output, run: Path, recipe: Path | None, budgets: tuple[str, ...])
     from edgelora import check as checks
     from edgelora import report as reports
 
-    document = reports.read(_report_file(run))
+    document = reports.read(run)
     limits: dict[str, Any] = {}
     for item in budgets:
         name, sign, limit = item.partition("=")
@@ -554,10 +551,6 @@ def _artifact(path: Path, kind: str) -> Artifact:
     return found
 
 
-def _report_file(run: Path) -> Path:
-    return run if run.suffix == ".json" else run / "report.json"
-
-
 def _session(path: Path, threads: int | None) -> Any:
     from edgelora import doctor, machine
     from edgelora.runtime import runtime, runtime_of
@@ -575,6 +568,11 @@ def _labels(file: Path) -> list[str]:
     if not (file.parent / artifact.MANIFEST).exists():
         return []
     return [str(label) for label in artifact.load(file.parent).facts.get("labels", [])]
+
+
+def _share(progress: Progress, stage: str, text: str, number: int, of: int, share: float) -> None:
+    """Progress of the `number`-th of several equal parts."""
+    progress(stage, (number + share) / of, text)
 
 
 def _ask(interactive: bool) -> str:

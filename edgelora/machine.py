@@ -97,7 +97,10 @@ def cgroup_cpus(root: Path, membership: str) -> float | None:
     """The tightest CPU quota, in cores, of the control groups that `membership` (/proc/self/cgroup) lists; None without one."""
     quotas = []
     for folder in _cgroup_folders(root, membership, "cpu"):
-        both = _read(folder / "cpu.max").split() or [_read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()]
+        both = _read(folder / "cpu.max").split() or [
+            _read(folder / "cpu.cfs_quota_us").strip(),
+            _read(folder / "cpu.cfs_period_us").strip(),
+        ]
         if len(both) == 2 and both[0].isdigit() and both[1].isdigit() and int(both[1]):  # "max" and -1 are no limit
             quotas.append(int(both[0]) / int(both[1]))
     return min(quotas, default=None)

@@ -74,11 +74,7 @@ def dense(base: Path, adapter: Path, into: str) -> Any:
 
     model = load.load_base(base, "qlora" if into == "nf4" else "lora", torch.float32)
     if into == "nf4":
-        model = model.dequantize()
-        model.hf_quantizer = None
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        model = models.as_dense(model.dequantize())
     merged = PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
     return merged.eval()
 

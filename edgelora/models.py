@@ -123,6 +123,15 @@ def parameter_count(folder: Path) -> int:
     return total
 
 
+def as_dense(model: Any) -> Any:
+    """A model whose weights were written out in 16 or 32 bits, freed of what transformers remembers of its quantization."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
 def tidy(folder: Path, reference: str) -> None:
     """Remove from config files what only this machine knows: library-written absolute paths."""
     for name in ("config.json", "adapter_config.json", "tokenizer_config.json"):
@@ -212,11 +221,7 @@ def _from_gguf(path: Path, work: Path) -> dict[str, Any]:
     except Exception as error:
         raise ModelError(f"{path.name} cannot be read as a base: {error}", "use a GGUF of a text model that transformers knows") from error
     _mend_tokenizer(tokenizer, str(header.metadata.get("tokenizer.ggml.pre", "")))
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(work)
+    as_dense(model).save_pretrained(work)
     tokenizer.save_pretrained(work)
     tidy(work, path.name)
     return {

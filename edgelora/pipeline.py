@@ -6,7 +6,7 @@ not run again, so the same command continues a run that was killed.
 
 from __future__ import annotations
 
-import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -58,7 +58,7 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
     rows = verification_rows(recipe, base.folder, dataset)
     pairs = []
     for number, section in enumerate(recipe.exports):
-        made = []
+        made: list[Artifact] = []
         for model, key, prefix in ((base.folder, base.key, "base-"), (merged.path, merged.key, "")):
             done = (2 * number + len(made)) / (2 * len(recipe.exports))
             made.append(
@@ -73,7 +73,7 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
                     threads=threads(recipe),
                     out=out,
                     prefix=prefix,
-                    progress=lambda share, text, done=done: progress("export", done + share / (2 * len(recipe.exports)), text),
+                    progress=_within(progress, done, 1 / (2 * len(recipe.exports))),
                 )
             )
         pairs.append((made[0], made[1]))
@@ -83,8 +83,13 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
     document = collect(recipe, base, dataset, adapter, merged, [after for _, after in pairs], judged, timed)
     verdicts = check.check(document, recipe.budgets)
     document["checks"] = [verdict.as_row() for verdict in verdicts]
-    files = write_report(document, out)
+    files = reports.write(document, out)
     return Result(out, files["html"], tuple(exports.exported_path(after) for _, after in pairs), tuple(verdicts), document)
+
+
+def _within(progress: Progress, done: float, part: float) -> Callable[[float, str], None]:
+    """Progress of one export as a part of all of them."""
+    return lambda share, text: progress("export", done + part * share, text)
 
 
 def threads(recipe: recipes.Recipe) -> int:
@@ -137,7 +142,8 @@ def collect(
         "machine": timed.facts["machine"],
         "versions": {**adapter.versions, **made[0].versions} if made else dict(adapter.versions),
         "recipe": recipes.as_dict(recipe),
-        "training": dict(adapter.facts),
+        "commit": _commit(recipe.folder),
+        "training": {**adapter.facts, "model_16bit_bytes": merged.bytes},
         "merge": dict(merged.facts),
         "files": files,
         **judged.facts,
@@ -147,16 +153,13 @@ def collect(
     }
 
 
-def write_report(document: dict[str, Any], out: Path) -> dict[str, Path]:
-    """report.html, report.md and report.json in `out`, each replaced in one step."""
-    with artifact.writing(out):
-        return reports.write(document, out)
-
-
-def free_partial(out: Path) -> None:
-    """Remove what interrupted stages left."""
-    for folder in out.glob(".*.partial"):
-        shutil.rmtree(folder, ignore_errors=True)
+def _commit(folder: Path) -> str | None:
+    """The short commit of the repository that the recipe lies in, None where there is none."""
+    try:
+        found = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def _notes(dataset: Dataset, base: models.Base) -> list[str]:

@@ -23,7 +23,9 @@ def plan(recipe: recipes.Recipe) -> dict[str, Any]:
     files = []
     for section in (exports.resolve(section) for section in recipe.exports):
         module = exports.format_module(section.format)
-        files.append({"format": section.format, "type": section.type, "size_bytes": module.predict_bytes(base.folder, section.type)})
+        files.append(
+            {"format": section.format, "type": section.type, "size_bytes": module.predict_bytes(base.folder, section.type, recipe.name)}
+        )
     return {
         "name": recipe.name,
         "base": base.name,

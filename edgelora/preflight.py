@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ def packages(recipe: recipes.Recipe) -> None:
     needed = dict.fromkeys(TRAINING)
     problems: list[EdgeloraError] = []
     for section in recipe.exports:
-        if module := _attempt(problems, lambda section=section: (exports.resolve(section), exports.format_module(section.format))[1]):
-            needed |= dict.fromkeys((*module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
+        needed |= dict.fromkeys(_attempt(problems, partial(_needs, section)) or ())
     _attempt(problems, lambda: check.parse(recipe.budgets))
     _attempt(problems, lambda: doctor.require(tuple(needed)))
     _raise(problems)
@@ -59,6 +59,12 @@ def token_parity(tokenizer: Any, gguf: Path | None, texts: list[str]) -> None:
                     f"{gguf.name}: its tokenizer as transformers reads it differs from llama.cpp's on {text[:40]!r}",
                     "training would see other tokens than the phone; use the model's safetensors as base",
                 )
+
+
+def _needs(section: recipes.Export) -> tuple[str, ...]:
+    """Modules that writing and running this format import; UsageError for a format or type that does not exist."""
+    module = exports.format_module(exports.resolve(section).format)
+    return (*module.REQUIRES, *runtime(module.RUNTIME).REQUIRES)
 
 
 def _memory(recipe: recipes.Recipe, base: models.Base, lengths: list[int]) -> None:

@@ -45,7 +45,7 @@ class Train:
 
     method: Literal["qlora", "lora"] = "qlora"
     r: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     lr: float = 2e-4

@@ -27,7 +27,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("llama", tmp_path_factory.mktemp("base") / "tiny-llama")
 
 
-ROWS = [(f"What is part {n}?", f"Part {n} is the {word}.") for n, word in enumerate("wheel door roof seat lamp horn tyre belt pump fan gear hose bolt clip ring cap".split())]
+ROWS = [
+    (f"What is part {n}?", f"Part {n} is the {word}.")
+    for n, word in enumerate(
+        ["wheel", "door", "roof", "seat", "lamp", "horn", "tyre", "belt", "pump", "fan", "gear", "hose", "bolt", "clip", "ring", "cap"]
+    )
+]
 
 
 @pytest.fixture

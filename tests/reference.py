@@ -21,10 +21,16 @@ def reference() -> str:
         context = click.Context(command, info_name=f"edgelora {name}", parent=None)
         usage = command.get_usage(context).removeprefix("Usage: ")
         text, _, example = (command.help or "").partition("Example:")
-        options = [record for p in command.params if isinstance(p, click.Option) and p.name not in COMMON and (record := p.get_help_record(context))]
+        options = [
+            record
+            for p in command.params
+            if isinstance(p, click.Option) and p.name not in COMMON and (record := p.get_help_record(context))
+        ]
         rows = "\n".join(f"| `{names}` | {' '.join(text.split())} |" for names, text in options).replace("[", "\\[")
         table = f"\n| option | |\n| --- | --- |\n{rows}\n" if rows else ""
-        parts.append(f"### `edgelora {name}`\n\n{' '.join(text.replace(chr(8), '').split())}\n\n```\n{usage}\n\n$ {example.strip()}\n```\n{table}")
+        parts.append(
+            f"### `edgelora {name}`\n\n{' '.join(text.replace(chr(8), '').split())}\n\n```\n{usage}\n\n$ {example.strip()}\n```\n{table}"
+        )
     return "\n".join(parts)
 
 

@@ -34,9 +34,9 @@ def test_made_once_and_found_again(tmp_path: Path) -> None:
 
 
 def test_any_change_of_input_makes_another(tmp_path: Path) -> None:
-    keys = {
-        artifact.build(tmp_path, "thing", "kind", write_hello, **{**GIVEN, name: {"other": "value"}}).key for name in GIVEN
-    } | {artifact.build(tmp_path, "thing", "kind", write_hello, **GIVEN).key}
+    keys = {artifact.build(tmp_path, "thing", "kind", write_hello, **{**GIVEN, name: {"other": "value"}}).key for name in GIVEN} | {
+        artifact.build(tmp_path, "thing", "kind", write_hello, **GIVEN).key
+    }
     assert len(keys) == 4
 
 
@@ -79,7 +79,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_what_libraries_say_of_a_full_disk_is_understood(tmp_path: Path) -> None:
     with pytest.raises(DiskFull), artifact.writing(tmp_path):
-        raise RuntimeError('Error while serializing: I/O error: No space left on device (os error 28)')
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 def test_two_commands_do_not_write_into_one_folder(tmp_path: Path) -> None:

@@ -149,7 +149,11 @@ def test_error_of_the_runtime_arrives_as_itself(tiny: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("program", "limit", "words"),
     [
-        ("import os; print('last words', file=__import__('sys').stderr, flush=True); os.abort()", 60, "the bench of x died of signal 6: last words"),
+        (
+            "import os; print('last words', file=__import__('sys').stderr, flush=True); os.abort()",
+            60,
+            "the bench of x died of signal 6: last words",
+        ),
         ("raise ImportError('no such library')", 60, "the bench of x ended with status 1: ImportError: no such library"),
         ("import time; time.sleep(60)", 0.3, "the bench of x took longer than 0 s: it said nothing"),
     ],

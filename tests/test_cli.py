@@ -29,7 +29,9 @@ def test_help_loads_nothing_heavy() -> None:
         "tops = {m.partition('.')[0] for m in sys.modules} - set(sys.stdlib_module_names)\n"
         "print(sorted(t for t in tops - allowed if not t.startswith(('_', '__'))), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-S", "-c", f"import site, sys; sys.path += {sys.path!r}\n{code}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import site, sys; sys.path += {sys.path!r}\n{code}"], capture_output=True, text=True
+    )
     assert "Commands:" in done.stdout
     assert done.stderr.strip() == "[]", done.stderr
 
@@ -41,7 +43,9 @@ def test_every_command_explains_itself(name: str) -> None:
     options = {option for p in command.params if isinstance(p, click.Option) for option in p.opts}
     assert {"--json", "--quiet", "--debug"} <= options
     for parameter in command.params:
-        assert not isinstance(parameter, click.Option) or parameter.help or parameter.name == "max_new_tokens", f"{name}: {parameter.name} has no help"
+        assert not isinstance(parameter, click.Option) or parameter.help or parameter.name == "max_new_tokens", (
+            f"{name}: {parameter.name} has no help"
+        )
 
 
 def test_the_readme_has_the_current_reference() -> None:

@@ -55,7 +55,11 @@ def test_columns_by_name_and_cp932(tmp_path: Path) -> None:
 
 def test_conversations_and_questions_alone(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    file = save(tmp_path, "c.jsonl", json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": [*messages, {"role": "assistant", "content": "d"}]}) + "\n")
+    file = save(
+        tmp_path,
+        "c.jsonl",
+        json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": [*messages, {"role": "assistant", "content": "d"}]}) + "\n",
+    )
     table = read(file)
     assert [row.messages[-1] for row in table.rows] == [("assistant", "d")]
     assert table.dropped == ((1, "does not end with an answer"),)
@@ -178,7 +182,9 @@ def test_only_answers_and_their_end_are_trained(tiny_base: Path) -> None:
 
 def test_a_template_without_an_end_mark_gets_the_stop_token(tiny_base: Path) -> None:
     tokenizer = models.open_tokenizer(tiny_base)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     encoded = chat.encode(tokenizer, Row((("user", "q"), ("assistant", "a b")), 1))
     assert encoded.ids[-1] == tokenizer.eos_token_id
     assert encoded.trained[-1]

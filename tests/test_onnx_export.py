@@ -25,20 +25,19 @@ from edgelora.export import onnx as onnx_export
 from edgelora.runtime import onnx_runtime
 from tests.tiny_models import TEXTS, tiny_model
 
-# (architecture, tied embeddings, type): every preset, every architecture, both kinds of embedding. Rows of 96 values
-# hold an odd number of blocks of 32, which k-quant cannot pack: "int4-mixed" of the llama shows the way around it.
-CASES = (
-    ("llama", True, "int4"),
-    ("llama", True, "int4-mixed"),
-    ("llama", True, "int8"),
-    ("llama", True, "fp32"),
-    ("llama", False, "int8"),
-    ("qwen2", False, "fp32"),
-    ("qwen3", True, "fp32"),
-    ("qwen3", True, "int4-mixed"),
-)
-# KL divergence in nats a token from torch in float32. The quantized bounds are about twice what was measured.
-MAX_KL = {"fp32": 1e-6, "int8": 1e-9, "int4-mixed": 1e-9, "int4": 1e-9}
+# (architecture, tied embeddings, type) -> the largest KL divergence from torch in float32, in nats a token: every preset,
+# every architecture, both kinds of embedding. The quantized bounds are about twice what was measured. Rows of 96 values
+# hold an odd number of blocks of 32, which k-quant cannot pack: int4-mixed of all of these shows the way around it.
+MAX_KL = {
+    ("llama", True, "int4"): 0.2,
+    ("llama", True, "int4-mixed"): 0.05,
+    ("llama", True, "int8"): 0.0015,
+    ("llama", True, "fp32"): 1e-6,
+    ("llama", False, "int8"): 0.004,
+    ("qwen2", False, "fp32"): 1e-6,
+    ("qwen3", True, "fp32"): 1e-6,
+    ("qwen3", True, "int4-mixed"): 0.35,
+}
 IDS = np.random.default_rng(0).integers(3, 400, 200).tolist()  # longer than one chunk of the session
 
 Case = tuple[str, bool, str]
@@ -104,14 +103,14 @@ def hostile(exports: Exports, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exports.export(("llama", True, "fp32")), tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{'tied' if c[1] else 'untied'}-{c[2]}")
+@pytest.mark.parametrize("case", MAX_KL, ids=lambda c: f"{c[0]}-{'tied' if c[1] else 'untied'}-{c[2]}")
 class TestEveryPreset:
     def test_predicts_like_the_model(self, exports: Exports, case: Case) -> None:
         with onnx_runtime.open(exports.export(case), threads=1) as session:
             scores = session.score(IDS)
         assert scores.dtype == np.float32
         assert np.allclose(np.exp(scores.astype(np.float64)).sum(-1), 1, atol=1e-5)
-        assert kl(torch_scores(exports.torch_model(case), IDS), scores) < MAX_KL[case[2]]
+        assert kl(torch_scores(exports.torch_model(case), IDS), scores) < MAX_KL[case]
 
     def test_decoding_token_by_token_gives_the_scores(self, exports: Exports, case: Case) -> None:
         with onnx_runtime.open(exports.export(case), threads=1) as session:
@@ -120,7 +119,7 @@ class TestEveryPreset:
             one_by_one = np.concatenate([onnx_runtime._log_softmax(feed([token])) for token in IDS])
             assert np.array_equal(session.score(IDS, first=150), together[150:])
         # Quantized graphs round activations to 8 bits, and one row goes through another kernel than many.
-        assert kl(together, one_by_one) < (1e-8 if case[2] == "fp32" else 5e-3)
+        assert kl(together, one_by_one) < (1e-8 if case[2] == "fp32" else 1e-3)
 
     def test_genai_runs_it(self, exports: Exports, case: Case) -> None:
         import onnxruntime_genai as genai

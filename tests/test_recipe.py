@@ -47,9 +47,7 @@ def test_missing_keys_are_named() -> None:
         recipes.parse({"name": "x"})
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("lr: 2e-4", 2e-4), ("lr: 1", 1.0), ("lr: '3E-5'", 3e-5)]
-)
+@pytest.mark.parametrize(("text", "value"), [("lr: 2e-4", 2e-4), ("lr: 1", 1.0), ("lr: '3E-5'", 3e-5)])
 def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -> None:
     file = write(tmp_path, f"base: b\ndata: {{train: t.csv}}\ntrain: {{{text}}}\n")
     assert recipes.load(file).train.lr == value

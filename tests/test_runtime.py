@@ -424,7 +424,9 @@ def test_header_of_a_large_file_is_quick_and_needs_only_the_standard_library(tmp
         "h = read_header(pathlib.Path(sys.argv[1])); print(time.perf_counter() - t, h.tensors[0].n_bytes)\n"
         "assert not {'numpy', 'gguf', 'torch'} & set(sys.modules)"
     )
-    run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
     seconds, n_bytes = run.stdout.split()
     assert int(n_bytes) == 4 << 30
     assert float(seconds) < 1

@@ -32,11 +32,11 @@ DEFAULT_TYPE = "int4-mixed"
 TYPES = {
     "int4": "4 bits, blocks of 32, nearest rounding: the smallest",
     "int4-mixed": "4 bits by k-quant, the sensitive matrices and the embedding in 8: recommended",
-    "int8": "8 bits, blocks of 32: nearly exact, twice the size",
+    "int8": "8 bits, blocks of 32: nearly exact",
     "fp32": "no quantization: the reference",
 }
 RUNTIME = "onnxruntime"
-REQUIRES = ("onnx", "onnxruntime", "onnxruntime_genai", "tokenizers")
+REQUIRES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "tokenizers", "torch", "transformers")
 
 _BLOCK = 32  # weights that share a scale
 _DATA = f"{onnx_runtime.GRAPH}.data"
@@ -71,9 +71,7 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
         built = scratch / "model"
         for place in (built, scratch / "home", scratch / "tmp"):
             place.mkdir(parents=True)
-        _run_builder(
-            model.resolve(), _builder_options(type, shapes), scratch.resolve(), int(config.get("num_hidden_layers") or 1), progress
-        )
+        _run_builder(model.resolve(), _builder_options(type, shapes), scratch.resolve(), _layers(config), progress)
         progress(0.9, "tidying the graph")
         _tidy_graph(built, type, tied)
         _tidy_files(model, built)
@@ -176,7 +174,7 @@ def _run_builder(model: Path, options: Sequence[str], scratch: Path, layers: int
     command += ["--execution_provider", "cpu", "--cache_dir", str(scratch / "cache"), *options]
     tail: collections.deque[str] = collections.deque(maxlen=200)
     # Its own working folder, so that no onnx.py of the user's is imported; its own session, so that it dies whole.
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command,
         cwd=scratch,
         env=_environment(scratch),
@@ -184,18 +182,18 @@ def _run_builder(model: Path, options: Sequence[str], scratch: Path, layers: int
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-    )
-    try:
-        for line in _lines(process):
-            tail.append(line)
-            if match := re.match(r"Reading layer (\d+)", line):
-                progress(0.05 + 0.35 * int(match[1]) / layers, f"reading layer {match[1]} of {layers}")
-            elif match := re.match(r"Progress: \[.*\] ([\d.]+)%", line):
-                progress(0.4 + 0.5 * float(match[1]) / 100, "quantizing")
-        code = process.wait()
-    except BaseException:
-        _kill(process)
-        raise
+    ) as process:
+        try:
+            for line in _lines(process):
+                tail.append(line)
+                if match := re.match(r"Reading layer (\d+)", line):
+                    progress(0.05 + 0.35 * int(match[1]) / layers, f"reading layer {match[1]} of {layers}")
+                elif match := re.match(r"Progress: \[.*\] ([\d.]+)%", line):
+                    progress(0.4 + 0.5 * float(match[1]) / 100, "quantizing")
+            code = process.wait()
+        except BaseException:
+            _kill(process)
+            raise
     if code:
         raise _failure(tail, code, model)
 
@@ -236,7 +234,6 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     if hasattr(os, "killpg") and process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-    process.wait()
 
 
 def _config(model: Path) -> dict[str, Any]:
@@ -280,11 +277,11 @@ def _quantize_embedding(graph: onnx.GraphProto, folder: Path, tied: bool) -> dic
     reshapes the head's table at run time instead, which ONNX Runtime folds into a second copy in memory, or keeps the
     whole table in float32 beside it (int8). Untied: 8 bits in blocks of 32, q = round(w / s) + 128, s = max|w| / 127.
     """
-    lookup = next(n for n in graph.node if n.name.startswith("/model/embed_tokens/") and "input_ids" in n.input)
-    head = next(n for n in graph.node if n.name.startswith("/lm_head/") and n.op_type == "MatMulNBits")
+    lookup = next((n for n in graph.node if n.name.startswith("/model/embed_tokens/") and "input_ids" in n.input), None)
+    head = next((n for n in graph.node if n.name.startswith("/lm_head/") and n.op_type == "MatMulNBits"), None)
     tensors = {t.name: t for t in graph.initializer}
-    settings = {a.name: a.i for a in head.attribute}
-    if settings["K"] % settings["block_size"]:  # padded rows; the builder's own lookup cuts the padding off
+    settings = {a.name: a.i for a in head.attribute} if head else {}
+    if lookup is None or head is None or settings["K"] % _BLOCK:  # padded rows: the builder's own lookup cuts the padding off
         return {}
     arrays: dict[str, np.ndarray] = {}
     if tied:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from edgelora.errors import ModelError
 
@@ -33,9 +33,14 @@ class Session(Protocol):
     `bos_token` and `eos_token`, those that exist) and `stop_ids` (the ids that end an answer).
     """
 
-    chat_template: str | None
-    special_tokens: Mapping[str, str]
-    stop_ids: tuple[int, ...]
+    @property
+    def chat_template(self) -> str | None: ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
 
     def tokenize(self, text: str) -> list[int]:
         """Ids by the runtime's own tokenizer, special tokens parsed, none added."""
@@ -52,7 +57,7 @@ class Session(Protocol):
     def close(self) -> None:
         """Free the model. Safe to call twice."""
 
-    def __enter__(self) -> Session: ...
+    def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
 

@@ -171,7 +171,9 @@ class Vocabulary:
     def _check_ids(self, ids: Sequence[int]) -> None:
         strange = next((i for i in ids if not 0 <= i < self._n_vocab), None)
         if strange is not None:
-            raise Unsupported(f"the id {strange} is not in the vocabulary (0 to {self._n_vocab - 1})", "tokenize with this model's own tokenizer")
+            raise Unsupported(
+                f"the id {strange} is not in the vocabulary (0 to {self._n_vocab - 1})", "tokenize with this model's own tokenizer"
+            )
 
 
 class LlamaSession(Vocabulary):
@@ -267,7 +269,9 @@ class LlamaSession(Vocabulary):
         _errors.clear()
         status = llama_cpp.llama_decode(self._context, batch)
         if status:
-            raise EdgeloraError(f"llama.cpp failed to read {len(ids)} tokens (status {status}): {_cause()}", "free some memory, or use a shorter text")
+            raise EdgeloraError(
+                f"llama.cpp failed to read {len(ids)} tokens (status {status}): {_cause()}", "free some memory, or use a shorter text"
+            )
 
     def _logits(self, row: int) -> np.ndarray:
         """The logits of the batch's row (-1: the last that has any), shape (vocabulary,): a view, valid until the next `_decode`."""
@@ -298,9 +302,9 @@ def _checked_content(path: Path, size: int, mtime_ns: int) -> Header:
     elif isinstance(tokens, Array) and len(set(tokens)) != len(tokens):
         why = "its vocabulary holds a token twice"
     for key, value in values.items():
-        if isinstance(value, float) and (not math.isfinite(value) or (key.endswith("epsilon") and value < 0)):
-            why = f"{key} is {value}"
-        elif type(value) is int and key.startswith(f"{arch}.") and value >= 1 << 31:
+        if (isinstance(value, float) and (not math.isfinite(value) or (key.endswith("epsilon") and value < 0))) or (
+            type(value) is int and key.startswith(f"{arch}.") and value >= 1 << 31
+        ):
             why = f"{key} is {value}"
     for tensor in header.tensors:
         if tensor.name.endswith("norm.weight") and tensor.type not in ("F32", "F16", "BF16"):

@@ -33,7 +33,9 @@ def open(path: Path, threads: int, dtype: torch.dtype = torch.float32) -> TorchS
         )
     except Exception as error:  # transformers, safetensors and torch have no common error
         cause = " ".join(str(error).split())[:400]
-        raise ModelError(f"transformers cannot load {path}: {cause}", "the folder needs config.json and whole *.safetensors files") from error
+        raise ModelError(
+            f"transformers cannot load {path}: {cause}", "the folder needs config.json and whole *.safetensors files"
+        ) from error
     return TorchSession(model, models.open_tokenizer(path))
 
 
@@ -109,7 +111,9 @@ class TorchSession:
             raise Unsupported("an empty sequence cannot be continued", "give at least one token, for instance the begin token")
         strange = next((i for i in ids if not 0 <= i < self._n_vocab), None)
         if strange is not None:
-            raise Unsupported(f"the id {strange} is not in the vocabulary (0 to {self._n_vocab - 1})", "tokenize with this model's own tokenizer")
+            raise Unsupported(
+                f"the id {strange} is not in the vocabulary (0 to {self._n_vocab - 1})", "tokenize with this model's own tokenizer"
+            )
         if self._longest and tokens > self._longest:
             raise Unsupported(f"{tokens} tokens do not fit the model's context of {self._longest}", "give a shorter text")
 

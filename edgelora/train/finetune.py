@@ -68,7 +68,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
 
     started = time.monotonic()
     set_seed(recipe.seed)
-    model = _with_adapter(load.load_base(base.folder, train.method, dtype), train)
+    model = _with_adapter(load.load_base(base.folder, train.method, dtype, load.attention(max(len(row.ids) for row in rows))), train)
     watch = loop.Watch(progress)
     trainer = loop.AnswerTrainer(
         model=model,
