@@ -112,7 +112,7 @@ def cli() -> None:
 @click.option("--answer", help="Column of the answers (or labels).")
 @click.option("--encoding", default="utf-8", show_default=True, help="Encoding of the file; a byte order mark is honoured.")
 @command
-def init(out: Output, data: Path, output: Path | None, base: str | None, question: str | None, answer: str | None, encoding: str) -> None:
+def init(echo: Output, data: Path, output: Path | None, base: str | None, question: str | None, answer: str | None, encoding: str) -> None:
     """Look at a data file and write a commented recipe for it.
 
     \b
@@ -134,7 +134,7 @@ def init(out: Output, data: Path, output: Path | None, base: str | None, questio
         "task": found.task,
         "base": found.base,
     }
-    out.result(
+    echo.result(
         document,
         f"{data.name}: {found.rows} rows, columns {', '.join(found.columns)}"
         + (f", {found.dropped} without both left out" if found.dropped else ""),
@@ -150,7 +150,7 @@ def init(out: Output, data: Path, output: Path | None, base: str | None, questio
 @_out_option
 @_dry_option
 @command
-def run(out: Output, recipe: Path, overrides: tuple[str, ...], out_: Path | None, dry_run: bool) -> None:
+def run(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool) -> None:
     """Fine-tune, merge, export, verify, evaluate, bench, report and check, as a recipe says.
 
     Finished stages are kept: the same command continues a run that was interrupted.
@@ -158,17 +158,17 @@ def run(out: Output, recipe: Path, overrides: tuple[str, ...], out_: Path | None
     \b
     Example:  edgelora run quickstart
     """
-    loaded = _load(recipe, overrides, out_)
+    loaded = _load(recipe, overrides, out)
     if dry_run:
-        _plan(out, loaded)
+        _plan(echo, loaded)
         return
     from edgelora import pipeline
     from edgelora.check import broken
 
     _calm_libraries()
-    with out.progress() as progress:
+    with echo.progress() as progress:
         result = pipeline.run(loaded, progress)
-    out.result(result.document, *_summary(result.document), f"report: {result.report}", *(f"file:   {path}" for path in result.exports))
+    echo.result(result.document, *_summary(result.document), f"report: {result.report}", *(f"file:   {path}" for path in result.exports))
     if failed := broken(result.verdicts):
         raise CheckFailed(
             f"{len(failed)} of {len(result.verdicts)} budgets broken: "
@@ -182,15 +182,15 @@ def run(out: Output, recipe: Path, overrides: tuple[str, ...], out_: Path | None
 @_out_option
 @_dry_option
 @command
-def finetune(out: Output, recipe: Path, overrides: tuple[str, ...], out_: Path | None, dry_run: bool) -> None:
+def finetune(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool) -> None:
     """Train a LoRA adapter on a base held in 4-bit NF4 (QLoRA) or in 16 bits (LoRA).
 
     \b
     Example:  edgelora finetune quickstart --set train.epochs=1 --out runs/try
     """
-    loaded = _load(recipe, overrides, out_)
+    loaded = _load(recipe, overrides, out)
     if dry_run:
-        _plan(out, loaded)
+        _plan(echo, loaded)
         return
     from edgelora import artifact, doctor, models, preflight
     from edgelora.data import split
@@ -198,12 +198,12 @@ def finetune(out: Output, recipe: Path, overrides: tuple[str, ...], out_: Path |
 
     _calm_libraries()
     doctor.require(preflight.TRAINING)
-    with out.progress() as progress, artifact.locked(loaded.out_dir):
+    with echo.progress() as progress, artifact.locked(loaded.out_dir):
         dataset = split.load(loaded)
         base = models.open_base(loaded.base, loaded.folder, loaded.out_dir)
         made = train(loaded, base, dataset, loaded.out_dir, lambda share, text: progress("fine-tune", share, text))
     facts = made.facts
-    out.result(
+    echo.result(
         {"adapter": str(made.path), **facts},
         *_training_lines(facts),
         f"adapter: {made.path}",
@@ -219,7 +219,7 @@ def finetune(out: Output, recipe: Path, overrides: tuple[str, ...], out_: Path |
 @click.option("--base", "into", type=click.Choice(["auto", "nf4", "16bit"]), help="Which base to merge into; default as the recipe says.")
 @_set_option
 @command
-def merge(out: Output, adapter: Path, recipe: Path, into: str | None, overrides: tuple[str, ...]) -> None:
+def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides: tuple[str, ...]) -> None:
     """Add an adapter to its base: W' = W + (alpha / r) B A, on the base that serves better.
 
     \b
@@ -233,13 +233,13 @@ def merge(out: Output, adapter: Path, recipe: Path, into: str | None, overrides:
     doctor.require(preflight.TRAINING)
     made_adapter = _artifact(adapter, "adapter")
     loaded = _load(recipe, (*overrides, *([f"merge.base={into}"] if into else [])), adapter.parent)
-    with out.progress() as progress, artifact.locked(adapter.parent):
+    with echo.progress() as progress, artifact.locked(adapter.parent):
         dataset = split.load(loaded)
         base = models.open_base(loaded.base, loaded.folder, adapter.parent)
         if made_adapter.made_from.get("base") != base.key:
             raise UsageError(f"{adapter.name} was trained on another base than {loaded.base}", "name the recipe it was trained with")
         made = merge_(loaded, base, made_adapter, dataset, adapter.parent, lambda share, text: progress("merge", share, text))
-    out.result({"model": str(made.path), **made.facts}, f"kept the {made.facts['kept']} merge: {made.facts['why']}", f"model: {made.path}")
+    echo.result({"model": str(made.path), **made.facts}, f"kept the {made.facts['kept']} merge: {made.facts['why']}", f"model: {made.path}")
 
 
 @cli.command()
@@ -248,11 +248,11 @@ def merge(out: Output, adapter: Path, recipe: Path, into: str | None, overrides:
 @click.option("--type", "type_", help="Type of the weights, e.g. q4_k_m or int4-mixed; default the format's own.")
 @click.option("--rows", type=_path, help="Rows (question, answer) on which the file is compared with the model; default texts of our own.")
 @click.option("--name", help="Name of the file; default that of the model's folder.")
-@click.option("--out", "out_", type=_path, help="Folder of the result; default beside the model.")
+@click.option("--out", type=_path, help="Folder of the result; default beside the model.")
 @_dry_option
 @command
 def export(
-    out: Output, model: Path, format_: str, type_: str | None, rows: Path | None, name: str | None, out_: Path | None, dry_run: bool
+    echo: Output, model: Path, format_: str, type_: str | None, rows: Path | None, name: str | None, out: Path | None, dry_run: bool
 ) -> None:
     """Write a merged model (a Hugging Face folder) as GGUF or ONNX, open it in its runtime and compare.
 
@@ -270,12 +270,12 @@ def export(
     models.config(model)
     if dry_run:
         predicted = module.predict_bytes(model, str(section.type), name or model.absolute().name)
-        out.result({"type": section.type, "predicted_bytes": predicted}, f"{format_} {section.type}: {predicted / 1e6:.1f} MB (predicted)")
+        echo.result({"type": section.type, "predicted_bytes": predicted}, f"{format_} {section.type}: {predicted / 1e6:.1f} MB (predicted)")
         return
     _calm_libraries()
     doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
-    target = out_ or model.absolute().parent
-    with out.progress() as progress, artifact.locked(target):
+    target = out or model.absolute().parent
+    with echo.progress() as progress, artifact.locked(target):
         encoded, rows_from = samples.rows(model, rows)
         made = exports.export(
             model,
@@ -290,7 +290,7 @@ def export(
             progress=lambda share, text: progress("export", share, text),
         )
     facts, path = made.facts, exports.exported_path(made)
-    out.result({"path": str(path), **facts}, _file_line(facts), f"file: {path}")
+    echo.result({"path": str(path), **facts}, _file_line(facts), f"file: {path}")
 
 
 @cli.command(name="eval")
@@ -300,7 +300,7 @@ def export(
 @click.option("--most", type=click.IntRange(1), default=200, show_default=True, help="Rows read at most.")
 @click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
 @command
-def evaluate(out: Output, file: Path, rows: Path, against: Path | None, most: int, threads: int | None) -> None:
+def evaluate(echo: Output, file: Path, rows: Path, against: Path | None, most: int, threads: int | None) -> None:
     """Loss of an exported file on rows of questions and answers, with its interval.
 
     \b
@@ -312,7 +312,7 @@ def evaluate(out: Output, file: Path, rows: Path, against: Path | None, most: in
 
     table = read(rows).rows[:most]
     measured = []
-    with out.progress() as progress:
+    with echo.progress() as progress:
         for number, path in enumerate([file, *([against] if against else [])]):
             with _session(path, threads) as session:
                 encoded = [talk.encode(session, row) for row in table]
@@ -325,7 +325,7 @@ def evaluate(out: Output, file: Path, rows: Path, against: Path | None, most: in
             raise UsageError(f"{file.name} and {against.name} split the answers into different tokens", "compare files of one base model")
         found |= {"against": against.name, "before": ev.summary(measured[1]), **ev.change(measured[1], measured[0])}
         lines.append(f"against {against.name}: {found['change']:+.1%} [{found['change_low']:+.1%}, {found['change_high']:+.1%}]")
-    out.result(found, *lines)
+    echo.result(found, *lines)
 
 
 @cli.command()
@@ -341,7 +341,7 @@ def evaluate(out: Output, file: Path, rows: Path, against: Path | None, most: in
 @click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
 @command
 def predict(
-    out: Output,
+    echo: Output,
     file: Path,
     rows: Path,
     output: Path,
@@ -363,11 +363,11 @@ def predict(
     chosen = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else _labels(file)
     if labels is not None and len(chosen) < 2:
         raise UsageError(f"--labels {labels!r}: a choice needs at least two labels", "for instance --labels positive,negative")
-    with out.progress() as progress, _session(file, threads) as session:
+    with echo.progress() as progress, _session(file, threads) as session:
         found = list(talk.predict(session, table.rows, chosen, max_new_tokens, lambda share: progress("predict", share, rows.name)))
     talk.write(found, output)
     left = f", {len(table.dropped)} empty ones left out" if table.dropped else ""
-    out.result({"output": str(output), "rows": len(found), "dropped": len(table.dropped)}, f"wrote {output}: {len(found)} rows{left}")
+    echo.result({"output": str(output), "rows": len(found), "dropped": len(table.dropped)}, f"wrote {output}: {len(found)} rows{left}")
 
 
 @cli.command()
@@ -377,7 +377,7 @@ def predict(
 @click.option("--max-new-tokens", type=click.IntRange(1), default=300, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
 @command
-def chat(out: Output, file: Path, prompt: str | None, system: str | None, max_new_tokens: int, threads: int | None) -> None:
+def chat(echo: Output, file: Path, prompt: str | None, system: str | None, max_new_tokens: int, threads: int | None) -> None:
     """Talk to an exported file. An empty line or Ctrl-D ends.
 
     \b
@@ -393,15 +393,15 @@ def chat(out: Output, file: Path, prompt: str | None, system: str | None, max_ne
             pieces = []
             for piece in talk.stream(session, history, max_new_tokens):
                 pieces.append(piece)
-                if not out.as_json:
+                if not echo.as_json:
                     click.echo(piece, nl=False)
             history.append(("assistant", "".join(pieces)))
-            if not out.as_json:
+            if not echo.as_json:
                 click.echo()
             if prompt:
                 break
-    if out.as_json:
-        out.result([{"role": role, "content": content} for role, content in history])
+    if echo.as_json:
+        echo.result([{"role": role, "content": content} for role, content in history])
 
 
 @cli.command()
@@ -410,7 +410,7 @@ def chat(out: Output, file: Path, prompt: str | None, system: str | None, max_ne
 @click.option("--prompt-tokens", default=None, help="Prompt lengths, e.g. 32,128.")
 @click.option("--repeats", type=click.IntRange(3), help="Repeats of every measurement.")
 @command
-def bench(out: Output, files: tuple[Path, ...], threads: int | None, prompt_tokens: str | None, repeats: int | None) -> None:
+def bench(echo: Output, files: tuple[Path, ...], threads: int | None, prompt_tokens: str | None, repeats: int | None) -> None:
     """Load time, time to first token, prefill and decode speed and peak memory of exported files.
 
     \b
@@ -431,16 +431,16 @@ def bench(out: Output, files: tuple[Path, ...], threads: int | None, prompt_toke
     if repeats:
         settings = dataclasses.replace(settings, repeats=repeats)
     named = [(path, runtime_of(path)) for path in files]
-    with out.progress() as progress:
+    with echo.progress() as progress:
         rows = benches.bench_all(named, settings, threads or machine.cores(), lambda share, text: progress("bench", share, text))
-    out.result({"machine": machine.describe(), "bench": rows}, *(_bench_line(row) for row in rows))
+    echo.result({"machine": machine.describe(), "bench": rows}, *(_bench_line(row) for row in rows))
 
 
 @cli.command()
 @click.argument("runs", type=_path, nargs=-1, required=True)
 @click.option("-o", "--output", type=_path, help="Folder to write into; default that of the one run, or ./comparison.")
 @command
-def report(out: Output, runs: tuple[Path, ...], output: Path | None) -> None:
+def report(echo: Output, runs: tuple[Path, ...], output: Path | None) -> None:
     """Write report.html, report.md and report.json of a run again, or compare several runs.
 
     \b
@@ -454,7 +454,7 @@ def report(out: Output, runs: tuple[Path, ...], output: Path | None) -> None:
     else:
         document, target = reports.compare(documents), output or Path("comparison")
     files = reports.write(document, target)
-    out.result({name: str(path) for name, path in files.items()}, *(f"wrote {path}" for path in files.values()))
+    echo.result({name: str(path) for name, path in files.items()}, *(f"wrote {path}" for path in files.values()))
 
 
 @cli.command()
@@ -462,7 +462,7 @@ def report(out: Output, runs: tuple[Path, ...], output: Path | None) -> None:
 @click.option("--recipe", "recipe", type=_path, help="Take the budgets of this recipe; default those the run was made with.")
 @click.option("--budget", "budgets", multiple=True, metavar="NAME=LIMIT", help="A budget, e.g. size=130MB. Repeatable.")
 @command
-def check(out: Output, run: Path, recipe: Path | None, budgets: tuple[str, ...]) -> None:
+def check(echo: Output, run: Path, recipe: Path | None, budgets: tuple[str, ...]) -> None:
     """Hold a run's report against budgets; exit code 1 when one is broken.
 
     \b
@@ -484,14 +484,14 @@ def check(out: Output, run: Path, recipe: Path | None, budgets: tuple[str, ...])
         raise UsageError(f"{run} was made without budgets", "name some: --budget size=130MB")
     verdicts = checks.check(document, limits)
     rows = [verdict.as_row() for verdict in verdicts]
-    out.result(rows, *(f"{'ok    ' if row['ok'] else 'BROKEN'}  {row['what']}: {row['value']} (limit {row['limit']})" for row in rows))
+    echo.result(rows, *(f"{'ok    ' if row['ok'] else 'BROKEN'}  {row['what']}: {row['value']} (limit {row['limit']})" for row in rows))
     if failed := checks.broken(verdicts):
         raise CheckFailed(f"{len(failed)} of {len(verdicts)} budgets broken", "shrink what grew, or raise the limit on purpose")
 
 
 @cli.command()
 @command
-def doctor(out: Output) -> None:
+def doctor(echo: Output) -> None:
     """What this machine has, what is missing and the one command that mends it.
 
     \b
@@ -502,7 +502,7 @@ def doctor(out: Output) -> None:
     found = doctors.examine()
     marks = {True: "ok  ", False: "MISS", None: "-   "}
     lines = [f"{marks[f.ok]}  {f.name}: {f.detail}" + (f"\n      {f.mend}" if f.mend and not f.ok else "") for f in found]
-    out.result([{"name": f.name, "ok": f.ok, "detail": f.detail, "mend": f.mend} for f in found], *lines)
+    echo.result([{"name": f.name, "ok": f.ok, "detail": f.detail, "mend": f.mend} for f in found], *lines)
 
 
 def main() -> None:
@@ -581,13 +581,13 @@ def _ask(interactive: bool) -> str:
     return sys.stdin.readline()
 
 
-def _plan(out: Output, recipe: recipes.Recipe) -> None:
+def _plan(echo: Output, recipe: recipes.Recipe) -> None:
     from edgelora import doctor, plan, preflight
 
     _calm_libraries()
     doctor.require(preflight.TRAINING)
     found = plan.plan(recipe)
-    out.result(found, *plan.lines(found))
+    echo.result(found, *plan.lines(found))
 
 
 def _calm_libraries() -> None:

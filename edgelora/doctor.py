@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
 
@@ -84,7 +84,8 @@ def examine() -> list[Finding]:
         _japanese,
     ]
     with ThreadPoolExecutor(machine.cores()) as pool:
-        return list(pool.map(lambda check: check(), checks))
+        found = list(pool.map(lambda check: check(), checks))
+    return [replace(finding, mend="") if finding.ok else finding for finding in found]
 
 
 def require(modules: Sequence[str]) -> None:

@@ -258,7 +258,7 @@ class TestRefusals:
 
     def test_rows_that_no_block_divides_evenly(self) -> None:
         shapes = {"model.embed_tokens.weight": [300, 80]}
-        with pytest.raises(Unsupported, match="int4-mixed cannot pack matrices 80 to 80 wide"):
+        with pytest.raises(Unsupported, match="int4-mixed cannot pack a matrix 80 wide"):
             onnx_export._block("int4-mixed", shapes)
         assert [onnx_export._block(type, shapes) for type in ("int4", "int8", "fp32")] == [32, 32, 32]
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgelora.errors import DataError
 
@@ -103,7 +103,7 @@ def _text(path: Path, encoding: str) -> str:
 
 def _delimited(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     # Tab-separated files carry quotation marks as text; comma-separated ones as quotes.
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     old_limit = csv.field_size_limit(_MAX_CELL)
     last = 0
     try:

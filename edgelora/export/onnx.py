@@ -97,17 +97,16 @@ def predict_bytes(model: Path, type: str) -> int:
     layers, block = _layers(config), _block(type, shapes)
     packed = not any("q_norm" in name for name in shapes)  # the builder joins q, k and v: they share their bits
     total = _rope_bytes(config)
-    head = shapes.get("lm_head.weight") or shapes["model.embed_tokens.weight"]
     for name, shape in shapes.items():
         if len(shape) != 2:
             total += 4 * math.prod(shape)
         elif name not in ("model.embed_tokens.weight", "lm_head.weight"):
             total += _matrix_bytes(shape, type, block, _in_eight_bits(name, layers, packed))
-    total += _matrix_bytes(head, type, block, eight=True)
-    if type != "fp32" and not _is_tied(config, shapes):
-        total += _matrix_bytes(shapes["model.embed_tokens.weight"], "int8", _BLOCK, eight=True)
-    elif not _is_tied(config, shapes):
-        total += 4 * math.prod(head)
+    table = shapes["model.embed_tokens.weight"]
+    total += _matrix_bytes(table, type, block, eight=True)  # the head; tied, it serves as the table too
+    padded = table[1] % _BLOCK != 0
+    if not _is_tied(config, shapes) or (padded and type == "int8"):
+        total += _matrix_bytes(table, "fp32" if padded or type == "fp32" else "int8", _BLOCK, eight=True)
     total += len(shapes) * {"fp32": 600, "int4-mixed": 950}.get(type, 800) + (0 if packed else 2500 * layers)
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
     return total + sum((model / n).stat().st_size for n in names if (model / n).is_file())
@@ -156,11 +155,12 @@ def _block(type: str, shapes: Mapping[str, Sequence[int]]) -> int:
     Its 4-bit zero points are packed two to a byte over the whole matrix, so an odd number of blocks a row fails with
     "cannot reshape array" (onnxruntime, quantization/neural_compressor/weight_only.py).
     """
-    widths = {shape[1] for shape in shapes.values() if len(shape) == 2}
+    widths = sorted({shape[1] for shape in shapes.values() if len(shape) == 2})
     for block in (_BLOCK, _BLOCK // 2):
-        if type != "int4-mixed" or all(-(-width // block) % 2 == 0 for width in widths):
+        odd = [width for width in widths if -(-width // block) % 2]
+        if type != "int4-mixed" or not odd:
             return block
-    raise Unsupported(f"int4-mixed cannot pack matrices {min(widths)} to {max(widths)} wide", "export type int4, int8 or a GGUF instead")
+    raise Unsupported(f"int4-mixed cannot pack a matrix {odd[0]} wide", "export type int4, int8 or a GGUF instead")
 
 
 def _builder_options(type: str, shapes: Mapping[str, Sequence[int]]) -> list[str]:
