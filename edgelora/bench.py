@@ -16,8 +16,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +84,7 @@ def bench_all(files: Sequence[tuple[Path, str]], settings: Bench, threads: int, 
         requests = [{"file": str(path.resolve()), "runtime": name, "threads": threads, **asdict(settings)} for path, name in files]
         for (path, _), child, request in zip(files, children, requests, strict=True):
             progress(0.0, f"warming up {path.name}")
-            _warm_up(lambda child=child, request=request: _as_round(child.ask(request)))
+            _warm_up(partial(_round, child, request))
         for repeat in range(settings.repeats):
             for number, (path, _) in enumerate(files):
                 progress(
@@ -89,7 +92,7 @@ def bench_all(files: Sequence[tuple[Path, str]], settings: Bench, threads: int, 
                     f"{path.name}, repeat {repeat + 1} of {settings.repeats}",
                 )
                 others.append(machine.others_running())
-                rounds[number].append(_as_round(children[number].ask(requests[number])))
+                rounds[number].append(_round(children[number], requests[number]))
     progress(1.0, "measured")
     why = _crowded([n for n in others if n is not None], threads, machine.cores())
     rows = []
@@ -115,8 +118,7 @@ def measure(
     with open_session() as session:
         load_ms = 1000 * (clock() - started)
         ids = _prompt(session, max(prompt_tokens))
-        for _ in _first(session.generate(ids, decode_tokens + 1, ()), 2):
-            pass
+        deque(islice(session.generate(ids, decode_tokens + 1, ()), 2), maxlen=0)
         return load_ms, tuple(_timing(session, ids[:n], decode_tokens, clock, cpu_clock) for n in prompt_tokens)
 
 
@@ -156,11 +158,6 @@ def _prompt(session: Session, n: int) -> list[int]:
     """The first n ids of our paragraph, said as often as it takes."""
     ids = session.tokenize(_TEXT)
     return (ids * (n // len(ids) + 1))[:n]
-
-
-def _first(tokens: Iterator[int], n: int) -> Iterator[int]:
-    for _, token in zip(range(n), tokens, strict=False):
-        yield token
 
 
 def _warm_up(one_round: Callable[[], Round]) -> int:
@@ -222,7 +219,8 @@ def _measured_bandwidth(threads: int) -> float:
         return float(child.ask({"threads": threads})["bandwidth_gb_per_s"])
 
 
-def _as_round(reply: dict[str, Any]) -> Round:
+def _round(child: _Child, request: dict[str, Any]) -> Round:
+    reply = child.ask(request)
     timings = tuple(Timing(**{**t, "decode_ms": tuple(t["decode_ms"])}) for t in reply["timings"])
     return Round(**{**reply, "timings": timings})
 
@@ -239,7 +237,12 @@ class _Child:
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
         timed_out = threading.Event()
-        late = threading.Timer(self._limit_s, lambda: (timed_out.set(), self._process.kill()))
+
+        def give_up() -> None:
+            timed_out.set()
+            self._process.kill()
+
+        late = threading.Timer(self._limit_s, give_up)
         late.start()
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -323,7 +326,8 @@ def _serve() -> None:
             reply = _answer(json.loads(line))
         except EdgeloraError as error:
             reply = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-        print(json.dumps(reply), file=replies, flush=True)
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
 
 
 if __name__ == "__main__":

@@ -90,10 +90,10 @@ class Array(Sequence[Any]):
     type: int  # GGUF value type of the elements
     offset: int  # of the first element, from the file's start
     n_bytes: int
-    count: int
+    length: int
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -105,8 +105,8 @@ class Array(Sequence[Any]):
         if len(data) != self.n_bytes:
             raise ModelError(f"{self.path} became shorter while it was read", "wait until it is fully written")
         if self.type == _STRING:
-            return _strings(data, self.count)
-        return iter(struct.unpack(f"<{self.count}{_SCALARS[self.type]}", data))
+            return _strings(data, self.length)
+        return iter(struct.unpack(f"<{self.length}{_SCALARS[self.type]}", data))
 
     @overload
     def __getitem__(self, index: int) -> Any: ...

@@ -195,7 +195,10 @@ def test_installed_and_importable(packages: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "detail"),
     [
-        ("raise ImportError('cannot open libcudart.so.13')", "version unknown, installed, but it does not work: ImportError: cannot open libcudart.so.13"),
+        (
+            "raise ImportError('cannot open libcudart.so.13')",
+            "version unknown, installed, but it does not work: ImportError: cannot open libcudart.so.13",
+        ),
         ("import os; os.abort()", "version unknown, installed, but it does not work: it ends the process with signal 6"),
     ],
 )
@@ -207,7 +210,9 @@ def test_package_that_breaks_is_a_finding(packages: Path, source: str, detail: s
 
 def test_package_that_is_absent() -> None:
     assert doctor._package("surely_absent", needed=False).ok is None
-    assert doctor._package("surely_absent", needed=True) == doctor.Finding("surely_absent", False, "not installed", "pip install surely_absent")
+    assert doctor._package("surely_absent", needed=True) == doctor.Finding(
+        "surely_absent", False, "not installed", "pip install surely_absent"
+    )
 
 
 def test_absent_program_has_its_command() -> None:
@@ -228,7 +233,20 @@ def test_embedded_base_that_is_cut_short(packages: Path) -> None:
 def test_examination_of_this_machine() -> None:
     found = {finding.name: finding for finding in doctor.examine()}
     assert list(found) == [
-        *("Python", "CPU", "memory", "disk", "GPU", "torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "compilers"),
+        *(
+            "Python",
+            "CPU",
+            "memory",
+            "disk",
+            "GPU",
+            "torch",
+            "transformers",
+            "peft",
+            "bitsandbytes",
+            "llama-cpp-python",
+            "gguf",
+            "compilers",
+        ),
         *("onnx", "onnxruntime", "onnxruntime-genai", "optimum", "embedded base", "Chromium", "adb", "Japanese fonts"),
     ]
     assert "quantizes to NF4 and back" in found["bitsandbytes"].detail

@@ -7,7 +7,7 @@
     def predict_bytes(model: Path, type: str, name: str) -> int
     def write(model: Path, type: str, folder: Path, name: str, progress) -> Path
 
-`model` is a Hugging Face folder (config.json, *.safetensors, tokenizer files). `write` fills `folder` and returns the
+`progress(share, text)` is called on the way. `model` is a Hugging Face folder (config.json, *.safetensors, tokenizer files). `write` fills `folder` and returns the
 path that a runtime opens: a file for GGUF, a folder for ONNX.
 """
 

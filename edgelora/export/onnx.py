@@ -86,10 +86,11 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
     return target
 
 
-def predict_bytes(model: Path, type: str) -> int:
+def predict_bytes(model: Path, type: str, name: str = "") -> int:
     """Estimate the bytes of the folder that `write` would leave, from config.json and the safetensors headers alone.
 
     Weights are counted exactly as the presets store them; the graph is taken as some hundred bytes for every tensor.
+    `name` changes nothing here.
     """
     if type not in TYPES:
         raise EdgeloraError(f"onnx has no type {type!r}", f"choose one of {', '.join(TYPES)}")

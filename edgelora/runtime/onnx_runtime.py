@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
+from edgelora.runtime.text import FolderText
 
 REQUIRES = ("onnxruntime", "tokenizers")
 
@@ -45,23 +46,16 @@ def open(path: Path, threads: int) -> OnnxSession:
     return OnnxSession(path, threads)
 
 
-class OnnxSession:
+class OnnxSession(FolderText):
     """See edgelora.runtime.Session."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         check_folder(folder)
-        self._folder = folder
+        super().__init__(folder)
         self._session: ort.InferenceSession | None = _load(folder / GRAPH, threads)
-        self._tokenizer: Any = None
         self._cache = _cache_shapes(self._session)
         self._positions = any(i.name == "position_ids" for i in self._session.get_inputs())
         self._context = _context_length(folder)
-
-    def tokenize(self, text: str) -> list[int]:
-        if self._tokenizer is None:
-            self._tokenizer = _tokenizer(self._folder / "tokenizer.json")
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
 
     def score(self, ids: Sequence[int], first: int = 0) -> np.ndarray:
         """See Session.score. Reads the sequence in chunks, so that beyond the result only one chunk's logits are held."""
@@ -96,7 +90,6 @@ class OnnxSession:
 
     def close(self) -> None:
         self._session = None
-        self._tokenizer = None
 
     def __enter__(self) -> OnnxSession:
         return self
@@ -184,15 +177,6 @@ def _context_length(folder: Path) -> int:
     if type(length) is not int or length < 1:
         raise ModelError(f"{path} is damaged: context_length is {length!r}", _AGAIN)
     return length
-
-
-def _tokenizer(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises bare Exception
-        raise ModelError(f"{path} cannot be read: {error}", _AGAIN) from error
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
