@@ -14,29 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
+from types import ModuleType
 
 from edgelora import machine
 from edgelora.errors import EdgeloraError, ToolMissing
 from edgelora.gguf_header import read_header
 
-# Module -> the package that brings it and the extra of edgelora that asks for that package.
-_PACKAGES = {
-    "torch": ("torch", "train"),
-    "transformers": ("transformers", "train"),
-    "peft": ("peft", "train"),
-    "bitsandbytes": ("bitsandbytes", "train"),
-    "accelerate": ("accelerate", "train"),
-    "safetensors": ("safetensors", "train"),
-    "gguf": ("gguf", "gguf"),
-    "llama_cpp": ("llama-cpp-python", "gguf"),
-    "numpy": ("numpy", "gguf"),
-    "onnx": ("onnx", "onnx"),
-    "onnxruntime": ("onnxruntime", "onnx"),
-    "onnxruntime_genai": ("onnxruntime-genai", "onnx"),
-    "onnxscript": ("onnxscript", "onnx"),
-    "tokenizers": ("tokenizers", "onnx"),
-    "optimum": ("optimum", "optimum"),
-}
+# Module -> the package that brings it, where their names differ.
+_PACKAGES = {"llama_cpp": "llama-cpp-python", "onnxruntime_genai": "onnxruntime-genai", "onnx_ir": "onnx-ir", "yaml": "pyyaml"}
 # What makes a module more than importable. Each prints one line for the report.
 _PROBES = {
     "torch": "import torch; print('sees ' + (torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'no GPU'))",
@@ -105,6 +90,17 @@ def require(modules: Sequence[str]) -> None:
     raise ToolMissing("; ".join(lines), " && ".join(mends))
 
 
+def load(module: str) -> ModuleType:
+    """Import one of edgelora's own modules; ToolMissing when a package that it needs is absent or broken."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        needed = error.name or ""
+        if needed and not needed.startswith("edgelora"):
+            require((needed,))
+        raise ToolMissing(f"{module} cannot be loaded: {error}", "see `edgelora doctor`") from error
+
+
 def installed(module: str) -> bool:
     """Whether a module can be found; it is not imported."""
     try:
@@ -128,14 +124,11 @@ def _import_error(module: str) -> str:
 
 
 def _package_of(module: str) -> str:
-    return _PACKAGES.get(module, (module, ""))[0]
+    return _PACKAGES.get(module, module.partition(".")[0])
 
 
 def _install(modules: Sequence[str]) -> str:
-    """One pip command: edgelora with the extras that bring `modules`, and what no extra brings by its own name."""
-    extras = sorted({_PACKAGES[m][1] for m in modules if m in _PACKAGES}, key=("train", "gguf", "onnx", "optimum").index)
-    wanted = [f'"edgelora[{",".join(extras)}]"'] if extras else []
-    return " ".join(["pip install", *wanted, *(m for m in modules if m not in _PACKAGES)])
+    return " ".join(["pip install", *(_package_of(m) for m in modules)])
 
 
 def _reinstall(modules: Sequence[str]) -> str:

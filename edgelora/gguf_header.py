@@ -25,7 +25,7 @@ from edgelora.errors import ModelError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-# Weights in a block and bytes a block takes: ggml-common.h. The third column of a format's name is its id in the file.
+# ggml_type in the file -> its name, weights in a block, bytes a block takes (ggml.h, ggml-common.h).
 _BLOCKS = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),

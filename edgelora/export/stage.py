@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from edgelora import artifact
+from edgelora import artifact, doctor
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
@@ -20,9 +19,10 @@ Progress = Callable[[float, str], None]
 
 
 def format_module(name: str) -> ModuleType:
+    """The format of that name; UsageError for an unknown one, ToolMissing when a package it needs is absent or broken."""
     if name not in FORMATS:
         raise UsageError(f"{name!r} is not a format", f"known formats: {', '.join(FORMATS)}")
-    return import_module(FORMATS[name])
+    return doctor.load(FORMATS[name])
 
 
 def resolve(section: recipes.Export) -> recipes.Export:

@@ -10,7 +10,6 @@ A Session is as narrow as it can be, so that a later runtime behind a cable can 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
@@ -71,8 +70,10 @@ class RuntimeModule(Protocol):
 
 
 def runtime(name: str) -> RuntimeModule:
-    """The runtime of that name in RUNTIMES."""
-    return cast(RuntimeModule, import_module(RUNTIMES[name]))
+    """The runtime of that name in RUNTIMES; ToolMissing when a package it needs is absent or broken."""
+    from edgelora import doctor
+
+    return cast(RuntimeModule, doctor.load(RUNTIMES[name]))
 
 
 def runtime_of(path: Path) -> str:

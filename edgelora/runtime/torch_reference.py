@@ -44,7 +44,8 @@ class TorchSession:
 
     Wraps any model that is already loaded too, for instance an NF4 one with its adapter. It is evaluated (no dropout, no
     gradients) on the device it is on, in the dtype it is in, and gets its training mode back after every call. `close`
-    drops our reference; the caller's stays.
+    drops our reference; the caller's stays. An NF4 model should come from `edgelora.train.load.load_base`, which keeps
+    bitsandbytes from repacking it for other kernels in evaluation.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
