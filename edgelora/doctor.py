@@ -97,7 +97,7 @@ def load(module: str) -> ModuleType:
     except ImportError as error:
         needed = error.name or ""
         if needed and not needed.startswith("edgelora"):
-            require((needed,))
+            require((needed.partition(".")[0],))
         raise ToolMissing(f"{module} cannot be loaded: {error}", "see `edgelora doctor`") from error
 
 
@@ -124,7 +124,7 @@ def _import_error(module: str) -> str:
 
 
 def _package_of(module: str) -> str:
-    return _PACKAGES.get(module, module.partition(".")[0])
+    return _PACKAGES.get(module, module)
 
 
 def _install(modules: Sequence[str]) -> str:
