@@ -359,6 +359,7 @@ def predict(
     from edgelora import talk
     from edgelora.data.read import read
 
+    talk.check_suffix(output)  # before an hour of answers, not after
     table = read(rows, question=question, encoding=encoding, answered=False)
     chosen = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else _labels(file)
     if labels is not None and len(chosen) < 2:

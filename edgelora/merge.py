@@ -32,7 +32,12 @@ def merge(recipe: recipes.Recipe, base: models.Base, adapter: Artifact, dataset:
         "model",
         lambda folder: _merge(recipe, base, adapter, method, dataset, folder, progress),
         made_from={"base": base.key, "adapter": adapter.key, "valid": dataset.fingerprint("valid")},
-        recipe={**recipes.as_dict(recipe.merge), "base_model": recipe.base, "system": recipe.data.system},
+        recipe={
+            **recipes.as_dict(recipe.merge),
+            "base_model": models.shown(recipe.base),
+            "system": recipe.data.system,
+            "task": recipe.data.task,
+        },
         versions=artifact.versions_of("torch", "transformers", "peft", "bitsandbytes"),
         rows={"valid": "select"},
     )
@@ -63,20 +68,30 @@ def _merge(
     merged.save_pretrained(folder)
     tokenizer.chat_template = chat.with_system(tokenizer.chat_template, recipe.data.system)
     tokenizer.save_pretrained(folder)
-    models.tidy(folder, recipe.base)
-    return {"kept": kept["base"], "why": _why(kept, candidates), "candidates": candidates, "base": base.name}
+    models.tidy(folder, models.shown(recipe.base))
+    labels = {"labels": list(dataset.labels)} if recipe.data.task == "classify" else {}
+    return {"kept": kept["base"], "why": _why(kept, candidates), "candidates": candidates, "base": base.name, **labels}
 
 
 def dense(base: Path, adapter: Path, into: str) -> Any:
     """The fp32 model with `adapter` added to the base's own weights (`16bit`) or to its NF4 form written out (`nf4`)."""
     import torch
-    from peft import PeftModel
 
     model = load.load_base(base, "qlora" if into == "nf4" else "lora", torch.float32)
     if into == "nf4":
         model = models.as_dense(model.dequantize())
-    merged = PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
-    return merged.eval()
+    return _adapted(model, adapter).merge_and_unload().eval()
+
+
+def _adapted(model: Any, adapter: Path) -> Any:
+    """`model` with the adapter beside its weights; ModelError when the adapter cannot be read."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter, local_files_only=True)
+    except Exception as error:  # peft, safetensors and torch have no common error
+        cause = " ".join(str(error).split())[:300]
+        raise ModelError(f"{adapter.name} cannot be read: {cause}", "it is damaged: remove the folder and train again") from error
 
 
 class _Trained:
@@ -84,12 +99,11 @@ class _Trained:
 
     def __init__(self, base: Path, adapter: Path, method: str, tokenizer: Any, rows: Sequence[chat.Encoded]) -> None:
         import torch
-        from peft import PeftModel
 
         from edgelora.runtime.torch_reference import TorchSession
 
         model = load.load_base(base, "qlora" if method == "qlora" else "lora", torch.float32)
-        self._session = TorchSession(PeftModel.from_pretrained(model, adapter, local_files_only=True).eval(), tokenizer)
+        self._session = TorchSession(_adapted(model, adapter).eval(), tokenizer)
         self._tokenizer, self._rows = tokenizer, rows
 
     def compare(self, model: Any) -> dict[str, Any]:

@@ -76,8 +76,16 @@ def open_base(reference: str, folder: Path, out: Path) -> Base:
     return Base(converted.path, converted.key, found.stem, gguf=found)
 
 
+def shown(reference: str) -> str:
+    """A `base:` as others may read it: of a place on this machine only the last name."""
+    path = Path(reference)
+    return path.name if path.is_absolute() or ".." in path.parts else reference
+
+
 def config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder.name} is a LoRA adapter, not a model", "add it to its base first: edgelora merge")
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

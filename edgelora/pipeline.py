@@ -141,7 +141,7 @@ def collect(
         "edgelora": artifact.versions_of()["edgelora"],
         "machine": timed.facts["machine"],
         "versions": {**adapter.versions, **made[0].versions} if made else dict(adapter.versions),
-        "recipe": recipes.as_dict(recipe),
+        "recipe": _shown(recipe),
         "commit": _commit(recipe.folder),
         "training": {**adapter.facts, "model_16bit_bytes": merged.bytes},
         "merge": dict(merged.facts),
@@ -151,6 +151,17 @@ def collect(
         "commands": [f"edgelora run {recipe.name}.yaml"],
         "notes": _notes(dataset, base),
     }
+
+
+def _shown(recipe: recipes.Recipe) -> dict[str, Any]:
+    """The recipe as others may read it: without the places where files lie on this machine."""
+    values = recipes.as_dict(recipe)
+    values["base"] = models.shown(values["base"])
+    values["out"] = values["out"] and models.shown(values["out"])
+    data = values["data"]
+    data |= {name: models.shown(data[name]) for name in ("train", "valid", "sealed") if data[name]}
+    data["held_out"] = {name: models.shown(file) for name, file in data["held_out"].items()}
+    return values
 
 
 def _commit(folder: Path) -> str | None:

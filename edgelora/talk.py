@@ -69,11 +69,17 @@ def predict(
         yield found
 
 
-def write(found: Sequence[dict[str, Any]], file: Path) -> None:
-    """Write predictions as .jsonl, .csv or .tsv, replacing `file` in one step."""
+def check_suffix(file: Path) -> str:
+    """The suffix of a file of predictions; UsageError when it names no format that they are written in."""
     suffix = file.suffix.lower()
     if suffix not in (".jsonl", ".csv", ".tsv"):
         raise UsageError(f"{file.name}: {suffix or 'no suffix'} is not a format predictions are written in", "use .jsonl, .csv or .tsv")
+    return suffix
+
+
+def write(found: Sequence[dict[str, Any]], file: Path) -> None:
+    """Write predictions as .jsonl, .csv or .tsv, replacing `file` in one step."""
+    suffix = check_suffix(file)
     partial = file.with_name(f".{file.name}.partial")
     try:
         with partial.open("w", encoding="utf-8", newline="") as stream_:

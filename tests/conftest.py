@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.line import Line, walk, without_network
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--corpora", type=Path, help="Folder with text corpora (lm/*.txt, faq_ja/*) for the token parity tests.")
@@ -65,3 +67,25 @@ threads: 1
         encoding="utf-8",
     )
     return file
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Line:
+    """The whole line on the tiny base, walked once. Read it, never change it."""
+    line = walk(tmp_path_factory.mktemp("finished"), tiny_base)
+    assert line.done.code == 0, line.done.err
+    return line
+
+
+@pytest.fixture(scope="session")
+def again(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Line:
+    """The same line in another empty folder; without any network, where this machine allows a network namespace."""
+    return walk(tmp_path_factory.mktemp("again"), tiny_base, prefix=without_network() or ())
+
+
+@pytest.fixture(scope="session")
+def classified(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Line:
+    """The whole line on labelled texts."""
+    line = walk(tmp_path_factory.mktemp("classified"), tiny_base, task="classify")
+    assert line.done.code == 0, line.done.err
+    return line

@@ -79,6 +79,7 @@ def export(
             "size_bytes": size_bytes(written),
             "predicted_bytes": predicted,
             **found,
+            **_labels(model),
         }
 
     return artifact.build(
@@ -95,6 +96,12 @@ def export(
         versions=artifact.versions_of("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
         rows=rows_from,
     )
+
+
+def _labels(model: Path) -> dict[str, Any]:
+    """The labels of a merged classifier, so that whoever has the exported file's folder need not name them."""
+    known = (model / artifact.MANIFEST).is_file() and artifact.load(model).facts.get("labels")
+    return {"labels": known} if known else {}
 
 
 def exported_path(made: Artifact) -> Path:

@@ -12,10 +12,11 @@ from edgelora import recipe as recipes
 from edgelora.train import load
 
 _PROCESS_BYTES = 800e6  # Python, torch, transformers and bitsandbytes, loaded
-# Saved activations a token and layer, in units of hidden + intermediate sizes (bf16 values and fp32 norm copies);
-# fitted on SmolLM2-135M on a CPU.
-_ACTIVATION_BYTES = 26.0
-_MATMUL_EFFICIENCY = 0.35  # of the probed matmul rate that small layers and element-wise work leave
+# Saved activations, bytes a token, layer and unit of hidden + intermediate size (bf16 values, fp32 copies of the norms and
+# of the adapters' inputs), and the share of the probed matmul rate that element-wise work leaves: both fitted on
+# SmolLM2-135M on a CPU, 8 and 16 rows of up to 97 tokens (2.9 and 4.9 GB; 186 and 214 tokens a CPU-second).
+_ACTIVATION_BYTES = 35.0
+_MATMUL_EFFICIENCY = 0.5
 
 
 def training(folder: Path, train: recipes.Train, tokens: int, lengths: Sequence[int]) -> dict[str, float]:
@@ -27,9 +28,10 @@ def training(folder: Path, train: recipes.Train, tokens: int, lengths: Sequence[
     base = (total - embedding) * (0.55 if train.method == "qlora" else 2) + embedding * 2
     adapter = adapter_parameters(config, train) * 16  # fp32 weight, gradient and two Adam moments
     batch = train.batch * max(lengths)
-    activations = batch * (2 * hidden * layers if train.checkpointing else _ACTIVATION_BYTES * (hidden + inner) * layers / 2)
+    activations = batch * (2 * hidden * layers if train.checkpointing else _ACTIVATION_BYTES * (hidden + inner) * layers)
     logits = batch * config["vocab_size"] * 4 * 3 / 2  # about half the tokens are answers; logits, softmax, gradient
-    flops = 3 * 2 * total * tokens * train.epochs * (4 / 3 if train.checkpointing else 1)
+    # Forward and backward through frozen weights: 2 each a weight and token; their own gradients are not needed.
+    flops = 4 * total * tokens * train.epochs * (3 / 2 if train.checkpointing else 1)
     return {
         "peak_rss_bytes": round(_PROCESS_BYTES + base * 1.3 + adapter + activations + logits),
         "seconds": round(flops / (_matmul_rate(load.arithmetic(train.dtype)[0]) * _MATMUL_EFFICIENCY), 1),

@@ -30,7 +30,7 @@ def finetune(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: P
         "train": recipes.as_dict(recipe.train),
         "seed": recipe.seed,
         "system": recipe.data.system,
-        "base": recipe.base,
+        "base": models.shown(recipe.base),
         "threads": recipe.threads,
     }
     return artifact.build(
@@ -84,7 +84,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     history = trainer.state.log_history
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names this machine's paths
-    models.tidy(folder, recipe.base)
+    models.tidy(folder, models.shown(recipe.base))
     shutil.rmtree(folder / _CHECKPOINTS)
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -188,10 +188,10 @@ def _quiet(trainer: Any) -> None:
 
 def _last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; others are removed."""
-    from edgelora.train.loop import COMPLETE
+    from edgelora.train.loop import is_complete
 
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    for unfinished in [p for p in found if not (p / COMPLETE).exists()]:
+    for unfinished in [p for p in found if not is_complete(p)]:
         shutil.rmtree(unfinished)
     complete = [p for p in found if p.exists()]
     return complete[-1] if complete else None

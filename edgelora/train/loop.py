@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from edgelora.data.chat import Encoded
 from edgelora.errors import EdgeloraError
 
-COMPLETE = "complete"  # a checkpoint folder with this file was written to its end
+COMPLETE = "complete"  # names the files of a checkpoint folder; written when all of them are there
 
 
 class Collator:
@@ -88,6 +89,17 @@ class Watch(TrainerCallback):
             self.progress(state.global_step / max(1, state.max_steps), f"step {state.global_step}/{state.max_steps}  loss {loss:.3f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from pathlib import Path
+        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+def mark_complete(checkpoint: Path) -> None:
+    """Say that a checkpoint is whole, in one step."""
+    partial = checkpoint / f".{COMPLETE}"
+    partial.write_text("\n".join(p.name for p in checkpoint.iterdir() if p != partial), encoding="utf-8")
+    partial.rename(checkpoint / COMPLETE)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end and lost nothing since: a run may also be killed while it deletes an old one."""
+    mark = checkpoint / COMPLETE
+    return mark.is_file() and all((checkpoint / name).exists() for name in mark.read_text(encoding="utf-8").split("\n"))
