@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelora import __version__
-from edgelora.errors import CheckFailed, EdgeloraError, UsageError
+from edgelora.errors import CheckFailed, DataError, EdgeloraError, UsageError
 
 if TYPE_CHECKING:
     from edgelora import recipe as recipes
@@ -249,10 +249,19 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
 @click.option("--rows", type=_path, help="Rows (question, answer) on which the file is compared with the model; default texts of our own.")
 @click.option("--name", help="Name of the file; default that of the model's folder.")
 @click.option("--out", type=_path, help="Folder of the result; default beside the model.")
+@click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
 @_dry_option
 @command
 def export(
-    echo: Output, model: Path, format_: str, type_: str | None, rows: Path | None, name: str | None, out: Path | None, dry_run: bool
+    echo: Output,
+    model: Path,
+    format_: str,
+    type_: str | None,
+    rows: Path | None,
+    name: str | None,
+    out: Path | None,
+    threads: int | None,
+    dry_run: bool,
 ) -> None:
     """Write a merged model (a Hugging Face folder) as GGUF or ONNX, open it in its runtime and compare.
 
@@ -285,7 +294,7 @@ def export(
             rows=encoded,
             rows_from=rows_from,
             limits=recipes.Evaluate(),
-            threads=machine.cores(),
+            threads=threads or machine.cores(),
             out=target,
             progress=lambda share, text: progress("export", share, text),
         )
@@ -548,7 +557,7 @@ def _artifact(path: Path, kind: str) -> Artifact:
 
     found = artifact.load(path)
     if found.kind != kind:
-        raise UsageError(f"{path} is a {found.kind}, not a {kind}", f"name a folder {kind}-...")
+        raise UsageError(f"{path}: expected an artifact of kind {kind}, found {found.kind}", f"name a folder {kind}-...")
     return found
 
 
@@ -579,7 +588,10 @@ def _share(progress: Progress, stage: str, text: str, number: int, of: int, shar
 def _ask(interactive: bool) -> str:
     if interactive:
         click.echo("> ", nl=False, err=True)
-    return sys.stdin.readline()
+    try:
+        return sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the input is not {error.encoding} text", "convert the piped file, or set the locale it was written in") from error
 
 
 def _plan(echo: Output, recipe: recipes.Recipe) -> None:

@@ -57,7 +57,7 @@ def divergence(reference: Session, session: Session, rows: Sequence[Encoded]) ->
     for row in rows:
         expected, found = _score(reference, row), _score(session, row)
         p, q = (x[_predicting(row)].astype(np.float64) for x in (expected, found))
-        nats.append(max(0.0, (np.exp(p) * (p - q)).sum()))  # rounding alone makes it negative
+        nats.append(np.maximum(0.0, (np.exp(p) * (p - q)).sum()))  # rounding alone makes it negative
         agreed.append((p.argmax(-1) == q.argmax(-1)).sum())
         own.append(-_answer_log_probs(found, row).sum())
         theirs.append(-_answer_log_probs(expected, row).sum())

@@ -48,6 +48,7 @@ def _merge(
 ) -> dict[str, Any]:
     import torch
 
+    _whole(adapter)
     tokenizer = models.open_tokenizer(base.folder)
     rows = [ids for _, ids in chat.encode_all(tokenizer, dataset.selecting, recipe.train.max_tokens)]
     wanted = ["16bit"] if method == "lora" else ["nf4", "16bit"] if recipe.merge.base == "auto" else [recipe.merge.base]
@@ -81,6 +82,16 @@ def dense(base: Path, adapter: Path, into: str) -> Any:
     if into == "nf4":
         model = models.as_dense(model.dequantize())
     return _adapted(model, adapter).merge_and_unload().eval()
+
+
+def _whole(adapter: Artifact) -> None:
+    """ModelError when a file of the adapter is missing or not the one that training wrote."""
+    for name, digest in adapter.files.items():
+        file = adapter.path / name
+        if not file.is_file():
+            raise ModelError(f"{adapter.path.name} lacks {name}", "remove the folder and train again")
+        if artifact.sha256(file) != digest:
+            raise ModelError(f"{adapter.path.name}/{name} is damaged: it is not the file that was written", "remove the folder and train again")
 
 
 def _adapted(model: Any, adapter: Path) -> Any:

@@ -8,7 +8,10 @@ org/name@revision          a model of the Hugging Face hub
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 import re
 from dataclasses import dataclass
 from importlib import util
@@ -118,17 +121,30 @@ def open_tokenizer(folder: Path) -> Any:
 
 def parameter_count(folder: Path) -> int:
     """Number of weights, from the safetensors headers alone; tied weights counted once, as stored."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-                size = 1
-                for n in tensors.get_slice(name).get_shape():
-                    size *= n
-                total += size
+        try:
+            with safe_open(file, framework="np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                    total += math.prod(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{folder.name}/{file.name} is damaged: {error}", "copy or download the model again") from error
     return total
+
+
+def no_number(folder: Path) -> str | None:
+    """The name of the first weight that holds a NaN or an infinity, None when all are numbers. Reads every weight."""
+    import torch
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                if not torch.isfinite(tensors.get_tensor(name)).all():
+                    return str(name)
+    return None
 
 
 def as_dense(model: Any) -> Any:
@@ -177,6 +193,7 @@ def _check_folder(folder: Path) -> None:
         pickles = [name for name in _PICKLES if (folder / name).exists()]
         what = f"only {pickles[0]}, which can run code when it is read" if pickles else "no *.safetensors"
         raise ModelError(f"{folder.name} holds {what}", "save the model as safetensors")
+    parameter_count(folder)  # reads every header: a file that was cut short ends here
 
 
 def _folder_key(folder: Path) -> str:
@@ -218,14 +235,15 @@ def _from_gguf(path: Path, work: Path) -> dict[str, Any]:
 
     header = read_header(path)  # a truncated or hostile file ends here, with a clear line
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.bfloat16,
-            local_files_only=True,
-            quantization_config=GgufConfig(dequantize=True),  # else the model refuses to be saved
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # it draws a progress bar that nothing else turns off
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.bfloat16,
+                local_files_only=True,
+                quantization_config=GgufConfig(dequantize=True),  # else the model refuses to be saved
+            )
     except Exception as error:
         raise ModelError(f"{path.name} cannot be read as a base: {error}", "use a GGUF of a text model that transformers knows") from error
     _mend_tokenizer(tokenizer, str(header.metadata.get("tokenizer.ggml.pre", "")))

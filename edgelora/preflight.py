@@ -15,6 +15,7 @@ from edgelora.data.split import Dataset
 from edgelora.errors import EdgeloraError
 from edgelora.export import stage as exports
 from edgelora.export.verify import PROBES
+from edgelora.report import figures
 from edgelora.runtime import runtime
 
 TRAINING = ("torch", "transformers", "peft", "accelerate", "safetensors", "gguf", "bitsandbytes")
@@ -76,7 +77,7 @@ def _memory(recipe: recipes.Recipe, base: models.Base, lengths: list[int]) -> No
     free = machine.available_memory_bytes()
     if needed > free:
         raise EdgeloraError(
-            f"training needs about {needed / 1e9:.1f} GB of memory (an estimate), {free / 1e9:.1f} GB are free",
+            f"training needs about {figures.size(needed)} of memory (an estimate), {figures.size(free)} are free",
             "lower train.batch (raise train.accumulate by as much), shorten train.max_tokens, set train.checkpointing: true, or take a smaller base",
         )
 
@@ -91,7 +92,7 @@ def _disk(recipe: recipes.Recipe, base: Path) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise EdgeloraError(
-            f"the run writes about {needed / 1e9:.1f} GB (an estimate), {free / 1e9:.1f} GB are free",
+            f"the run writes about {figures.size(needed)} (an estimate), {figures.size(free)} are free",
             "free some space, or choose another --out",
         )
 

@@ -38,7 +38,7 @@ train: {{r: 4, alpha: 8, dropout: 0.1, lr: 5e-3, epochs: 3, batch: 4, accumulate
 exports:
   - {{format: gguf, type: q8_0}}
   - {{format: onnx, type: int8}}
-evaluate: {{rows: 4, verify_rows: 2, answers: 2, max_new_tokens: 8, max_kl: 5}}
+evaluate: {{rows: 12, verify_rows: 2, answers: 2, max_new_tokens: 8, max_kl: 5}}
 bench: {{prompt_tokens: [8], decode_tokens: 4, repeats: 3}}
 budgets: {{size: 5MB}}
 threads: 1

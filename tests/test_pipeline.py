@@ -54,7 +54,7 @@ def test_the_report_agrees_with_the_files(request: pytest.FixtureRequest, task: 
     assert document["losses"] == facts["losses"]
     assert {(row["file"], row["set"]) for row in document["losses"]} == {(file, "sealed") for file in FILES}
     for row in document["losses"]:
-        assert 1 <= row["rows"] <= 4
+        assert 1 <= row["rows"] <= 12
         assert row["tokens"] > row["rows"]
         for side in ("before", "after"):
             assert row[side]["low"] <= row[side]["loss"] <= row[side]["high"]
@@ -116,9 +116,7 @@ def test_predict_agrees_with_the_reports_accuracy(classified: Line, tmp_path: Pa
     rows = tmp_path / "sealed.jsonl"
     rows.write_text("".join(json.dumps({"text": row.question}) + "\n" for row in sealed), encoding="utf-8")
     (row, *_) = report.read(classified.out)["accuracy"]
-    assert row["rows"] == min(4, len(sealed))
-    if len(sealed) > 4:
-        pytest.fail("give the recipe more evaluation rows")
+    assert row["rows"] == len(sealed)
     assert edgelora("predict", exported(classified, row["file"]), rows, "-o", "found.jsonl", "--threads", 1, cwd=tmp_path).code == 0
     found = [json.loads(line)["label"] for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert sum(label == row.answer for label, row in zip(found, sealed, strict=True)) / len(sealed) == row["after"]
@@ -128,9 +126,9 @@ def test_predict_takes_other_labels_and_none(finished: Line, tmp_path: Path) -> 
     rows = tmp_path / "q.jsonl"
     rows.write_text('{"question": "What is it?"}\n{"question": ""}\n{"question": "And this?"}\n', encoding="utf-8")
     file = exported(finished, FILES[0])
-    edgelora("predict", file, rows, "-o", "l.jsonl", "--labels", "yes,no,maybe", cwd=tmp_path)
+    edgelora("predict", file, rows, "-o", "l.jsonl", "--labels", "yes,no,maybe", "--threads", 1, cwd=tmp_path)
     assert {json.loads(line)["label"] for line in (tmp_path / "l.jsonl").read_text().splitlines()} <= {"yes", "no", "maybe"}
-    done = edgelora("predict", file, rows, "-o", "a.tsv", "--max-new-tokens", 4, cwd=tmp_path)
+    done = edgelora("predict", file, rows, "-o", "a.tsv", "--max-new-tokens", 4, "--threads", 1, cwd=tmp_path)
     assert done == Done(0, "wrote a.tsv: 2 rows, 1 empty ones left out\n", "")
     assert (tmp_path / "a.tsv").read_text(encoding="utf-8").startswith("line\tquestion\tanswer\n1\tWhat is it?\t")
     assert edgelora("predict", file, rows, "-o", "a.xlsx", cwd=tmp_path) == Done(
@@ -212,25 +210,25 @@ def test_every_command_works_on_the_one_before(finished: Line, tiny_base: Path, 
     assert merged["kept"] in ("nf4", "16bit")
     model = Path(merged["model"])
     assert model.name == finished.one("model-*").name
-    plan = edgelora("export", model, "--format", "gguf", "--type", "q8_0", "--dry-run", "--json", cwd=tmp_path).document
-    gguf = edgelora("export", model, "--format", "gguf", "--type", "q8_0", "--name", "bot", "--out", "files", "--json", cwd=tmp_path).document
+    plan = edgelora("export", model, "--format", "gguf", "--type", "q8_0", "--threads", 1, "--name", "bot", "--dry-run", "--json", cwd=tmp_path).document
+    gguf = edgelora("export", model, "--format", "gguf", "--type", "q8_0", "--threads", 1, "--name", "bot", "--out", "files", "--json", cwd=tmp_path).document
     assert plan == {"type": "q8_0", "predicted_bytes": gguf["predicted_bytes"]}
     assert gguf["size_bytes"] == gguf["predicted_bytes"] == (tmp_path / gguf["path"]).stat().st_size
-    other = edgelora("export", model, "--format", "gguf", "--type", "f16", "--rows", "rows.jsonl", "--out", "files", "--json", cwd=tmp_path).document
+    other = edgelora("export", model, "--format", "gguf", "--type", "f16", "--threads", 1, "--rows", "rows.jsonl", "--out", "files", "--json", cwd=tmp_path).document
     assert other["kl"] < 1e-3
     assert other["rows"] == 16
-    onnx = edgelora("export", model, "--format", "onnx", "--type", "int8", "--out", "files", "--json", cwd=tmp_path).document
+    onnx = edgelora("export", model, "--format", "onnx", "--type", "int8", "--threads", 1, "--out", "files", "--json", cwd=tmp_path).document
     assert onnx["size_bytes"] == size_bytes(tmp_path / onnx["path"])
 
     against = edgelora("eval", gguf["path"], "rows.jsonl", "--against", other["path"], "--most", 5, "--threads", 1, "--json", cwd=tmp_path).document
     assert (against["rows"], against["file"], against["against"]) == (5, "bot-q8_0.gguf", Path(other["path"]).name)
     assert against["change"] == pytest.approx(against["loss"] / against["before"]["loss"] - 1)
     assert abs(against["change"]) < 0.02  # 8 bits against 16 of one model
-    alone = edgelora("eval", onnx["path"], "rows.jsonl", "--most", 5, "--json", cwd=tmp_path).document
+    alone = edgelora("eval", onnx["path"], "rows.jsonl", "--most", 5, "--threads", 1, "--json", cwd=tmp_path).document
     assert alone["loss"] == pytest.approx(against["loss"], abs=0.1)
     assert alone["tokens"] == against["tokens"]
 
-    assert edgelora("predict", onnx["path"], "rows.jsonl", "-o", "p.jsonl", "--max-new-tokens", 3, "--json", cwd=tmp_path).document["rows"] == 16
+    assert edgelora("predict", onnx["path"], "rows.jsonl", "-o", "p.jsonl", "--max-new-tokens", 3, "--threads", 1, "--json", cwd=tmp_path).document["rows"] == 16
     benched = edgelora("bench", gguf["path"], onnx["path"], "--threads", 1, "--prompt-tokens", "8", "--repeats", 3, "--json", cwd=tmp_path).document
     assert [row["file"] for row in benched["bench"]] == ["bot-q8_0.gguf", Path(onnx["path"]).name]
 

@@ -54,7 +54,7 @@ def load(recipe: recipes.Recipe) -> Dataset:
     data = recipe.data
     table = _read(recipe, data.train)
     sets: dict[str, tuple[Row, ...]] = {}
-    for name, file in {"valid": data.valid, "sealed": data.sealed, **data.held_out}.items():
+    for name, file in {"valid": data.valid, **data.held_out, "sealed": data.sealed}.items():
         if file is not None:
             sets[name] = _read(recipe, file).rows
     dropped = [(Path(data.train).name, line, reason) for line, reason in table.dropped]

@@ -80,7 +80,12 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     )
     _quiet(trainer)
     resumed = _last_checkpoint(folder / _CHECKPOINTS)
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    except loop.NoNumber as error:
+        if name := models.no_number(base.folder):
+            raise ModelError(f"{base.name}: {name} holds values that are no numbers", "copy or download the base again") from error
+        raise
     history = trainer.state.log_history
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names this machine's paths

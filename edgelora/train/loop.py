@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,23 +70,26 @@ class AnswerTrainer(Trainer):
         return (loss, {"logits": logits[:0]}) if return_outputs else loss
 
 
+class NoNumber(EdgeloraError):
+    """A loss is NaN or infinite."""
+
+
 class Watch(TrainerCallback):
-    """Keeps the curve, marks finished checkpoints, reports progress, and stops a run whose loss is no number."""
+    """Marks finished checkpoints, reports progress, and stops a run whose loss is no number."""
 
     def __init__(self, progress: Callable[[float, str], None]) -> None:
         self.progress = progress
-        self.curve: list[dict[str, float]] = []
-        self.valid_curve: list[dict[str, float]] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         logs = logs or {}
-        if "loss" in logs:
-            loss = float(logs["loss"])
-            if loss != loss or loss == float("inf"):
-                raise EdgeloraError(
-                    f"the training loss is {loss} at step {state.global_step}",
+        for name, what in (("loss", "training"), ("eval_loss", "valid")):
+            if name in logs and not math.isfinite(logs[name]):
+                raise NoNumber(
+                    f"the {what} loss is {logs[name]} at step {state.global_step}",
                     "lower train.lr (try a tenth), or use train.dtype bf16 or fp32",
                 )
+        if "loss" in logs:
+            loss = float(logs["loss"])
             self.progress(state.global_step / max(1, state.max_steps), f"step {state.global_step}/{state.max_steps}  loss {loss:.3f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,206 @@
+"""Verification refuses a file that differs from its model, and names the part that differs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import onnx
+import pytest
+
+from edgelora import models
+from edgelora import recipe as recipes
+from edgelora.data import chat
+from edgelora.data.chat import Encoded
+from edgelora.data.read import read
+from edgelora.errors import VerifyError
+from edgelora.export import FORMATS, stage, verify
+from tests.line import Line, edgelora, finished_folders
+
+MAX_KL = 0.2  # 8 bits are about 0.04 away from this tiny model
+
+
+@pytest.fixture(scope="module")
+def rows(finished: Line) -> list[Encoded]:
+    tokenizer = models.open_tokenizer(finished.one("model-*"))
+    return [chat.encode(tokenizer, row) for row in read(finished.folder / "rows.jsonl").rows[:6]]
+
+
+def refused(finished: Line, file: Path, rows: list[Encoded], scratch: Path, widest: Path | None = None) -> tuple[str, str]:
+    """Message and hint with which `file` is refused."""
+    model = finished.one("model-*")
+    name = "gguf" if file.suffix == ".gguf" else "onnx"
+    module = stage.format_module(name)
+    with pytest.raises(VerifyError) as caught:
+        verify.verify(
+            model, file, module.RUNTIME, rows, MAX_KL, 1, lambda: widest or stage._full_precision(module, model, scratch / "widest")
+        )
+    return caught.value.message, caught.value.hint
+
+
+def rewritten(source: Path, target: Path, change: Mapping[str, Any], weights: Callable[[str, np.ndarray], np.ndarray] | None = None) -> Path:
+    """A copy of a GGUF file with other metadata, and with the raw bytes of its tensors changed."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kinds = [*field.types, None]
+            writer.add_key_value(name, change.get(name, field.contents()), kinds[0], kinds[1] if len(field.types) > 1 else None)
+    assert change.keys() <= reader.fields.keys()
+    for tensor in reader.tensors:
+        data = np.array(tensor.data)
+        writer.add_tensor(tensor.name, weights(tensor.name, data) if weights else data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.fixture
+def file(finished: Line) -> Path:
+    return finished.one("gguf-*/*.gguf")
+
+
+@pytest.fixture
+def folder(finished: Line, tmp_path: Path) -> Path:
+    """A copy of the exported ONNX folder."""
+    return Path(shutil.copytree(finished.one("onnx-*/tiny-int8-onnx"), tmp_path / "tampered-onnx"))
+
+
+def test_an_untouched_file_passes(finished: Line, file: Path, folder: Path, rows: list[Encoded], tmp_path: Path) -> None:
+    copies = (rewritten(file, tmp_path / "copy.gguf", {}), "llama.cpp"), (folder, "onnxruntime")
+    for path, runtime in copies:
+        facts = verify.verify(finished.one("model-*"), path, runtime, rows, MAX_KL, 1, lambda: pytest.fail("not needed"))
+        assert facts["tokens_equal"] is facts["template_equal"] is True
+        assert 0 < facts["kl"] < MAX_KL
+        assert facts["rows"] == 6
+        assert facts["tokens"] == sum(row.n_trained for row in rows)
+
+
+def test_gguf_template(finished: Line, file: Path, rows: list[Encoded], tmp_path: Path) -> None:
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    message, hint = refused(finished, rewritten(file, tmp_path / "t.gguf", {"tokenizer.chat_template": template}), rows, tmp_path)
+    assert message == "t.gguf: the chat template renders '[user] Hello\\n' where training saw '<|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\n'"
+    assert hint == "the culprit is the chat template"
+
+
+@pytest.mark.parametrize("pre", ["default", "llama-bpe"])
+def test_gguf_pre_tokenizer(finished: Line, file: Path, rows: list[Encoded], tmp_path: Path, pre: str) -> None:
+    message, hint = refused(finished, rewritten(file, tmp_path / "p.gguf", {"tokenizer.ggml.pre": pre}), rows, tmp_path)
+    assert message.startswith("p.gguf: token ids differ from the trained model's from position ")
+    assert hint == "the culprit is the tokenizer: its pre-tokenizer or its merges were not carried over"
+
+
+def test_gguf_vocabulary(finished: Line, file: Path, rows: list[Encoded], tmp_path: Path) -> None:
+    tokens = list(gguf.GGUFReader(file).fields["tokenizer.ggml.tokens"].contents())
+    a, b = tokens.index("a"), tokens.index("b")
+    tokens[a], tokens[b] = tokens[b], tokens[a]
+    message, hint = refused(finished, rewritten(file, tmp_path / "v.gguf", {"tokenizer.ggml.tokens": tokens}), rows, tmp_path)
+    assert message.startswith("v.gguf: token ids differ")
+    assert "the tokenizer" in hint
+
+
+def test_gguf_end_of_sequence(finished: Line, file: Path, rows: list[Encoded], tmp_path: Path) -> None:
+    tokenizer = models.open_tokenizer(finished.one("model-*"))
+    other = tokenizer.convert_tokens_to_ids("a")
+    message, hint = refused(finished, rewritten(file, tmp_path / "e.gguf", {"tokenizer.ggml.eos_token_id": other}), rows, tmp_path)
+    # llama.cpp goes on stopping at the old one, which it knows by name; at every "a" too is the fault.
+    assert message.startswith(f"e.gguf: end-of-sequence differs: the model stops at id {tokenizer.eos_token_id}, the file at [{other}")
+    assert hint == "the culprit is the end-of-sequence token: answers would end too late or too early"
+
+
+def zeroed(name: str, raw: np.ndarray) -> np.ndarray:
+    return np.zeros_like(raw) if name == "blk.1.ffn_down.weight" else raw
+
+
+def test_gguf_weights(finished: Line, file: Path, rows: list[Encoded], tmp_path: Path) -> None:
+    message, hint = refused(finished, rewritten(file, tmp_path / "w.gguf", {}, zeroed), rows, tmp_path)
+    assert message.startswith("w.gguf: KL ")
+    assert message.endswith(f" nats a token from the trained model, more than evaluate.max_kl = {MAX_KL}")
+    assert hint.startswith("the culprit is the weights: in full precision the KL is ")
+    assert hint.endswith(", so this type is too coarse for this model; choose a larger one")
+
+
+def test_gguf_weights_that_are_no_numbers(finished: Line, file: Path, rows: list[Encoded], tmp_path: Path) -> None:
+    def broken(name: str, raw: np.ndarray) -> np.ndarray:
+        return np.full_like(raw, np.nan) if name == "output_norm.weight" else raw
+
+    message, hint = refused(finished, rewritten(file, tmp_path / "n.gguf", {}, broken), rows, tmp_path)
+    assert message.startswith("n.gguf: KL nan nats a token")
+    assert hint.startswith("the culprit is the weights")
+
+
+def test_a_wrong_conversion_is_told_from_coarse_weights(finished: Line, file: Path, rows: list[Encoded], tmp_path: Path) -> None:
+    wrong = rewritten(file, tmp_path / "c.gguf", {"llama.rope.freq_base": 500.0})
+    message, hint = refused(finished, wrong, rows, tmp_path, widest=wrong)  # the converter makes the same mistake in every type
+    assert message.startswith("c.gguf: KL ")
+    assert hint.startswith("the culprit is the conversion or the runtime: even in full precision the KL is ")
+
+
+def test_onnx_template(finished: Line, folder: Path, rows: list[Encoded], tmp_path: Path) -> None:
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>assistant\n", "<|im_start|>bot\n"))
+    message, hint = refused(finished, folder, rows, tmp_path)
+    assert message.startswith("tampered-onnx: the chat template renders '<|im_start|>user\\nHello<|im_end|>\\n<|im_start|>bot\\n' where training saw ")
+    assert hint == "the culprit is the chat template"
+
+
+def test_onnx_tokenizer(finished: Line, folder: Path, rows: list[Encoded], tmp_path: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text())
+    for step in values["pre_tokenizer"]["pretokenizers"]:
+        step["use_regex"] = step["type"] != "ByteLevel"  # words are no longer split from what is beside them
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    message, hint = refused(finished, folder, rows, tmp_path)
+    assert message.startswith("tampered-onnx: token ids differ from the trained model's from position ")
+    assert hint == "the culprit is the tokenizer: its pre-tokenizer or its merges were not carried over"
+
+
+def test_onnx_end_of_sequence(finished: Line, folder: Path, rows: list[Encoded], tmp_path: Path) -> None:
+    tokenizer = models.open_tokenizer(finished.one("model-*"))
+    old, new = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("a")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": new}))
+    config = folder / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"eos_token": "<|im_end|>"', '"eos_token": "a"'))
+    message, hint = refused(finished, folder, rows, tmp_path)
+    assert message == f"tampered-onnx: end-of-sequence differs: the model stops at id {old}, the file at [{new}]"
+    assert hint == "the culprit is the end-of-sequence token: answers would end too late or too early"
+
+
+def test_onnx_weights(finished: Line, folder: Path, rows: list[Encoded], tmp_path: Path) -> None:
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    scales = next(t for t in graph.initializer if "layers.1" in t.name and "down_proj" in t.name and "scale" in t.name.lower())
+    place = {entry.key: entry.value for entry in scales.external_data}
+    with (folder / place["location"]).open("r+b") as data:
+        data.seek(int(place.get("offset", 0)))
+        data.write(bytes(int(place["length"])))
+    message, hint = refused(finished, folder, rows, tmp_path)
+    assert message.startswith("tampered-onnx: KL ")
+    assert hint.startswith("the culprit is the weights: in full precision the KL is ")
+
+
+def test_a_refused_export_leaves_nothing(finished: Line, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder, tmp_path / "copy")
+    out = tmp_path / "copy" / "runs" / "tiny"
+    before = finished_folders(out)
+    done = edgelora("run", "tiny.yaml", "--set", "evaluate.max_kl=1e-6", cwd=tmp_path / "copy")
+    assert (done.code, done.out) == (3, "")
+    assert done.err.startswith("error: base-tiny-q8_0.gguf: KL ")
+    assert "more than evaluate.max_kl = 1e-06\nthe culprit is the weights: in full precision the KL is " in done.err
+    assert finished_folders(out) == before
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == [".lock"]
+
+
+def test_every_format_has_a_widest_type_that_is_exact(finished: Line, rows: list[Encoded], tmp_path: Path) -> None:
+    """What `verify` compares a coarse file with; else the blame would be wrong."""
+    model = finished.one("model-*")
+    for name in FORMATS:
+        module = stage.format_module(name)
+        widest = stage._full_precision(module, model, tmp_path / name)
+        facts = verify.verify(model, widest, module.RUNTIME, rows, recipes.Evaluate().max_kl, 1, lambda: pytest.fail("not needed"))
+        assert facts["kl"] < verify._EXACT_KL / 2
