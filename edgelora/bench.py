@@ -207,7 +207,7 @@ def _row(rounds: Sequence[Round], index: int, size: int, bandwidth: float, crowd
 def _crowded(others: Sequence[int], threads: int, cores: int) -> str:
     """Why other programs make the figures doubtful: more wanted to run than there were cores left, in the middle of the samples."""
     typical = statistics.median(others) if others else 0
-    return f"other programs had {typical:g} threads running beside our {threads} on {cores} cores" if typical + threads > cores else ""
+    return f"other programs ran beside our {threads} threads on {cores} cores ({typical:g} at a time)" if typical + threads > cores else ""
 
 
 def _size(path: Path) -> int:

@@ -620,10 +620,12 @@ def _calm_libraries() -> None:
 
 
 def _training_lines(facts: Any) -> list[str]:
+    from edgelora.train import estimate
+
     lines = [
         f"trained {facts['trained_parameters']:,} of {facts['total_parameters']:,} parameters ({facts['trained_share']:.2%}); "
         f"full fine-tuning would hold {facts['full_finetune_bytes'] / 1e9:.1f} GB of weights, gradients and optimizer",
-        f"memory: {facts['measured']['peak_rss_bytes'] / 1e9:.1f} GB ({facts['predicted']['peak_rss_bytes'] / 1e9:.1f} predicted)"
+        f"memory: {estimate.peak_bytes(facts['measured']) / 1e9:.1f} GB ({estimate.peak_bytes(facts['predicted']) / 1e9:.1f} predicted)"
         + (
             f"; time: {facts['measured']['seconds']:.0f} s ({facts['predicted']['seconds']:.0f} predicted)"
             if "seconds" in facts["measured"]

@@ -91,7 +91,9 @@ def _whole(adapter: Artifact) -> None:
         if not file.is_file():
             raise ModelError(f"{adapter.path.name} lacks {name}", "remove the folder and train again")
         if artifact.sha256(file) != digest:
-            raise ModelError(f"{adapter.path.name}/{name} is damaged: it is not the file that was written", "remove the folder and train again")
+            raise ModelError(
+                f"{adapter.path.name}/{name} is damaged: it is not the file that was written", "remove the folder and train again"
+            )
 
 
 def _adapted(model: Any, adapter: Path) -> Any:

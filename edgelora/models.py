@@ -119,19 +119,23 @@ def open_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def parameter_count(folder: Path) -> int:
-    """Number of weights, from the safetensors headers alone; tied weights counted once, as stored."""
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Every weight's shape by its name, from the safetensors headers alone; tied weights stand there once."""
     from safetensors import SafetensorError, safe_open
 
-    total = 0
+    found: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-                    total += math.prod(tensors.get_slice(name).get_shape())
+                found |= {str(name): tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a dictionary
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{folder.name}/{file.name} is damaged: {error}", "copy or download the model again") from error
-    return total
+    return found
+
+
+def parameter_count(folder: Path) -> int:
+    """Number of weights; tied ones counted once."""
+    return sum(math.prod(shape) for shape in shapes(folder).values())
 
 
 def no_number(folder: Path) -> str | None:
@@ -193,7 +197,7 @@ def _check_folder(folder: Path) -> None:
         pickles = [name for name in _PICKLES if (folder / name).exists()]
         what = f"only {pickles[0]}, which can run code when it is read" if pickles else "no *.safetensors"
         raise ModelError(f"{folder.name} holds {what}", "save the model as safetensors")
-    parameter_count(folder)  # reads every header: a file that was cut short ends here
+    shapes(folder)  # a file that was cut short ends here
 
 
 def _folder_key(folder: Path) -> str:

@@ -19,7 +19,7 @@ def plan(recipe: recipes.Recipe) -> dict[str, Any]:
     rows = [ids for _, ids in chat.encode_all(tokenizer, dataset.train, recipe.train.max_tokens)]
     lengths = [len(row.ids) for row in rows]
     total = models.parameter_count(base.folder)
-    trained = estimate.adapter_parameters(models.config(base.folder), recipe.train)
+    trained = estimate.adapter_parameters(base.folder, recipe.train)
     files = []
     for section in (exports.resolve(section) for section in recipe.exports):
         module = exports.format_module(section.format)
@@ -49,7 +49,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     return [
         f"rows: {counts}; {found['tokens']:,} tokens an epoch" + (f"; {found['left_out']} left out" if found["left_out"] else ""),
         f"base: {found['base']}, {found['total_parameters']:,} parameters; {found['trained_parameters']:,} trained ({found['trained_share']:.2%})",
-        f"training: about {training['seconds']:.0f} s and {training['peak_rss_bytes'] / 1e9:.1f} GB of memory (predicted), "
+        f"training: about {training['seconds']:.0f} s and {estimate.peak_bytes(training) / 1e9:.1f} GB of memory (predicted), "
         f"{found['available_memory_bytes'] / 1e9:.1f} GB free; full fine-tuning would hold {found['full_finetune_bytes'] / 1e9:.1f} GB",
         *(f"file: {row['format']} {row['type']}, {row['size_bytes'] / 1e6:.1f} MB (predicted)" for row in found["files"]),
         f"results: {found['out']}",

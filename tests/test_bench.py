@@ -105,7 +105,7 @@ def test_row_says_what_made_it_noisy() -> None:
     rounds = [bench.Round("v", 1, (bench.Timing(1, 1, (ms, ms), 0.1),), 1, None) for ms in (10.0, 10.1, 13.0)]
     row = bench._row(rounds, 0, 1, 10.0, bench._crowded([2, 3, 2], threads=1, cores=2))
     assert row["noisy"]
-    assert row["noisy_why"] == "other programs had 2 threads running beside our 1 on 2 cores; the repeats' decode medians are 30% apart"
+    assert row["noisy_why"] == "other programs ran beside our 1 threads on 2 cores (2 at a time); the repeats' decode medians are 30% apart"
     assert row["bandwidth_share"] is None
     assert bench._crowded([0, 1, 0], threads=2, cores=2) == ""
 

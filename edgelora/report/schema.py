@@ -49,7 +49,7 @@ REPORT: dict[str, Any] = {
         "epochs": float,
         "curve": [{"step": float, "loss": float}],
         "valid_curve": [{"step": float, "loss": float}],
-        "predicted": {"peak_rss_bytes": int, "seconds": float},
+        "predicted": {"peak_rss_bytes": int, "peak_gpu_bytes": int, "seconds": float},
         "measured": {"peak_rss_bytes": int, "peak_gpu_bytes": int, "seconds": float, "tokens_per_s": float},
         "full_finetune_bytes": int,  # predicted memory of training every parameter
         "model_16bit_bytes": int,  # size of the merged 16-bit model that the files are made from

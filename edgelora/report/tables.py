@@ -229,7 +229,7 @@ def training(doc: Row) -> list[tuple[str, str]]:
         ("Data", f.sample(train.get("rows"), train.get("tokens"))),
         ("Epochs", f.plainest(train.get("epochs"))),
         ("Peak memory", against("peak_rss_bytes", f.size)),
-        ("Peak GPU memory", f.size(measured.get("peak_gpu_bytes"))),
+        ("Peak GPU memory", against("peak_gpu_bytes", f.size)),
         ("Full fine-tuning would need", f.labelled("predicted: ", f.size(train.get("full_finetune_bytes")))),
         ("Time", against("seconds", f.seconds)),
         ("Speed", f.suffixed(f.number(measured.get("tokens_per_s")), "tokens/s")),

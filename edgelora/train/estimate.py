@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,43 @@ from edgelora import models
 from edgelora import recipe as recipes
 from edgelora.train import load
 
-_PROCESS_BYTES = 800e6  # Python, torch, transformers and bitsandbytes, loaded
-# Saved activations, bytes a token, layer and unit of hidden + intermediate size (bf16 values, fp32 copies of the norms and
-# of the adapters' inputs), and the share of the probed matmul rate that element-wise work leaves: both fitted on
-# SmolLM2-135M on a CPU, 8 and 16 rows of up to 97 tokens (2.9 and 4.9 GB; 186 and 214 tokens a CPU-second).
-_ACTIVATION_BYTES = 35.0
-_MATMUL_EFFICIENCY = 0.5
+# Fitted on SmolLM2-135M, rows of up to 97 tokens: 8 and 16 rows on two CPU cores (2.9 and 4.9 GB; 186 and 214 tokens a
+# CPU-second), 8 and 32 rows on one H100 (1.4 and 4.9 GB; 0.4 s a step, nearly all of it launches).
+_FIXED_BYTES = {"cpu": 800e6, "cuda": 100e6}  # the libraries themselves
+_ACTIVATION_BYTES = {"cpu": 35.0, "cuda": 18.0}  # saved a token, layer and unit of hidden + intermediate size
+_MATMUL_EFFICIENCY = 0.5  # share of the probed matmul rate that element-wise work leaves
+_LAUNCH_S = {"cpu": 0.0, "cuda": 0.013}  # host time to launch one layer's kernels, forward and backward
 
 
 def training(folder: Path, train: recipes.Train, tokens: int, lengths: Sequence[int]) -> dict[str, float]:
-    """Predicted peak memory (bytes) and time (seconds) of a training run over rows of these token lengths."""
-    config = models.config(folder)
+    """Predicted peak memory (bytes; `peak_rss_bytes` on a CPU, `peak_gpu_bytes` on a GPU) and time (seconds) of a training run.
+
+    `lengths` are the token counts of the rows, `tokens` their sum.
+    """
+    config, device = models.config(folder), load.device()
     layers, hidden, inner = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
     total = models.parameter_count(folder)
     embedding = config["vocab_size"] * hidden
     base = (total - embedding) * (0.55 if train.method == "qlora" else 2) + embedding * 2
-    adapter = adapter_parameters(config, train) * 16  # fp32 weight, gradient and two Adam moments
+    adapter = adapter_parameters(folder, train) * 16  # fp32 weight, gradient and two Adam moments
     batch = train.batch * max(lengths)
-    activations = batch * (2 * hidden * layers if train.checkpointing else _ACTIVATION_BYTES * (hidden + inner) * layers)
+    activations = batch * layers * (2 * hidden if train.checkpointing else _ACTIVATION_BYTES[device] * (hidden + inner))
     logits = batch * config["vocab_size"] * 4 * 3 / 2  # about half the tokens are answers; logits, softmax, gradient
     # Forward and backward through frozen weights: 2 each a weight and token; their own gradients are not needed.
-    flops = 4 * total * tokens * train.epochs * (3 / 2 if train.checkpointing else 1)
+    again = 3 / 2 if train.checkpointing else 1
+    compute = 4 * again * total * tokens * train.epochs / (_matmul_rate(load.arithmetic(train.dtype)[0]) * _MATMUL_EFFICIENCY)
+    launches = len(lengths) / train.batch * train.epochs * layers * _LAUNCH_S[device] * again
     return {
-        "peak_rss_bytes": round(_PROCESS_BYTES + base * 1.3 + adapter + activations + logits),
-        "seconds": round(flops / (_matmul_rate(load.arithmetic(train.dtype)[0]) * _MATMUL_EFFICIENCY), 1),
+        "peak_gpu_bytes" if device == "cuda" else "peak_rss_bytes": round(
+            _FIXED_BYTES[device] + base * 1.3 + adapter + activations + logits
+        ),
+        "seconds": round(max(compute, launches), 1),
     }
+
+
+def peak_bytes(figures: Mapping[str, float]) -> float:
+    """The memory that decides, of predicted or measured figures: the GPU's where one trains."""
+    return figures["peak_gpu_bytes"] if "peak_gpu_bytes" in figures else figures["peak_rss_bytes"]
 
 
 def full_finetune_bytes(parameters: int) -> int:
@@ -43,22 +55,15 @@ def full_finetune_bytes(parameters: int) -> int:
     return 16 * parameters
 
 
-def adapter_parameters(config: dict[str, Any], train: recipes.Train) -> int:
-    """Sum of r (n_in + n_out) over the targeted linear layers of a llama-shaped model."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    head = config.get("head_dim") or hidden // config["num_attention_heads"]
-    query, kv = head * config["num_attention_heads"], head * config.get("num_key_value_heads", config["num_attention_heads"])
-    shapes = {
-        "q_proj": hidden + query,
-        "k_proj": hidden + kv,
-        "v_proj": hidden + kv,
-        "o_proj": query + hidden,
-        "gate_proj": hidden + inner,
-        "up_proj": hidden + inner,
-        "down_proj": inner + hidden,
-    }
-    wanted = shapes if train.targets == "all-linear" else [train.targets] if isinstance(train.targets, str) else train.targets
-    return int(train.r * config["num_hidden_layers"] * sum(shapes.get(name, 0) for name in wanted))
+def adapter_parameters(folder: Path, train: recipes.Train) -> int:
+    """Sum of r (n_in + n_out) over the targeted linear layers."""
+    wanted = (train.targets,) if isinstance(train.targets, str) else train.targets
+    total = 0
+    for name, shape in models.shapes(folder).items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and len(shape) == 2 and ".layers." in layer and ("all-linear" in wanted or layer.rpartition(".")[2] in wanted):
+            total += train.r * sum(shape)
+    return total
 
 
 def _matmul_rate(dtype: Any) -> float:
