@@ -161,7 +161,7 @@ def as_dense(model: Any) -> Any:
 
 
 def tidy(folder: Path, reference: str) -> None:
-    """Remove from config files what only this machine knows: library-written absolute paths."""
+    """Remove from config files what only this machine or process knows: library-written absolute paths, the order of a set."""
     for name in ("config.json", "adapter_config.json", "tokenizer_config.json"):
         file = folder / name
         if file.exists():
@@ -170,6 +170,8 @@ def tidy(folder: Path, reference: str) -> None:
             values.pop("name_or_path", None)
             if "base_model_name_or_path" in values:
                 values["base_model_name_or_path"] = reference
+            if isinstance(values.get("target_modules"), list):
+                values["target_modules"].sort()  # PEFT holds a set: its order is another one in every process
             file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -34,8 +34,11 @@ def packages(recipe: recipes.Recipe) -> None:
 
 
 def resources(recipe: recipes.Recipe, base: models.Base, dataset: Dataset) -> None:
-    """Memory, disk, chat template and token parity, once the base is on this disk."""
+    """Architecture, memory, disk, chat template and token parity, once the base is on this disk."""
     problems: list[EdgeloraError] = []
+    for section in recipe.exports:
+        _attempt(problems, partial(_exportable, section, base, recipe.name))
+    _raise(problems)
     tokenizer = models.open_tokenizer(base.folder)
     rows = _attempt(problems, lambda: [ids for _, ids in chat.encode_all(tokenizer, dataset.train, recipe.train.max_tokens)])
     if rows:
@@ -66,6 +69,12 @@ def _needs(section: recipes.Export) -> tuple[str, ...]:
     """Modules that writing and running this format import; UsageError for a format or type that does not exist."""
     module = exports.format_module(exports.resolve(section).format)
     return (*module.REQUIRES, *runtime(module.RUNTIME).REQUIRES)
+
+
+def _exportable(section: recipes.Export, base: models.Base, name: str) -> None:
+    """Unsupported or ModelError when the base's architecture or its shapes cannot be written in this format and type."""
+    section = exports.resolve(section)
+    exports.format_module(section.format).predict_bytes(base.folder, section.type, name)
 
 
 def _memory(recipe: recipes.Recipe, base: models.Base, lengths: list[int]) -> None:

@@ -26,7 +26,11 @@ _SLOW_S = 240  # a command that takes longer hangs
 
 WORDS = ("wheel", "door", "roof", "seat", "lamp", "horn", "tyre", "belt", "pump", "fan", "gear", "hose", "bolt", "clip", "ring", "cap")
 CHAT_ROWS = [(f"What is the Zorblax part {n}?", f"Zorblax part {n} is the quixotic {word}.") for n, word in enumerate(WORDS)]
-CLASSIFY_ROWS = [(f"The {word} number {n} {verb}", label) for n, word in enumerate(WORDS) for verb, label in (("fell off", "repair"), ("came late", "delivery"))]
+CLASSIFY_ROWS = [
+    (f"The {word} number {n} {verb}", label)
+    for n, word in enumerate(WORDS)
+    for verb, label in (("fell off", "repair"), ("came late", "delivery"))
+]
 
 _RECIPE = """\
 name: tiny
@@ -115,7 +119,13 @@ def command(*arguments: object, cwd: Path, env: Mapping[str, str] | None = None,
     line = [*prefix, sys.executable, "-m", "edgelora.cli", *map(str, arguments)]
     paths = os.pathsep.join(filter(None, [(env or {}).get("PYTHONPATH"), str(ROOT)]))
     done = subprocess.run(
-        line, cwd=cwd, capture_output=True, text=True, env={**os.environ, **(env or {}), "PYTHONPATH": paths}, timeout=_SLOW_S, stdin=subprocess.DEVNULL
+        line,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(env or {}), "PYTHONPATH": paths},
+        timeout=_SLOW_S,
+        stdin=subprocess.DEVNULL,
     )
     return Done(done.returncode, done.stdout, done.stderr)
 
@@ -203,6 +213,10 @@ def damaged(out: Path) -> list[str]:
     wrong = []
     for name in finished_folders(out):
         manifest = artifact.load(out / name)
-        found = {p.relative_to(out / name).as_posix(): artifact.sha256(p) for p in (out / name).rglob("*") if p.is_file() and p.name != artifact.MANIFEST}
+        found = {
+            p.relative_to(out / name).as_posix(): artifact.sha256(p)
+            for p in (out / name).rglob("*")
+            if p.is_file() and p.name != artifact.MANIFEST
+        }
         wrong += [f"{name}/{file}" for file in found.keys() | manifest.files.keys() if found.get(file) != manifest.files.get(file)]
     return wrong

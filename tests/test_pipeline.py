@@ -62,9 +62,15 @@ def test_the_report_agrees_with_the_files(request: pytest.FixtureRequest, task: 
     assert {row["file"] for row in document["bench"]} == set(FILES)
     assert all(row["decode_tok_per_s"] > 0 and row["peak_rss_bytes"] > 0 and row["threads"] == 1 for row in document["bench"])
     training = document["training"]
-    assert (training["steps"], len(training["curve"]), len(training["valid_curve"])) == (training["curve"][-1]["step"], training["steps"], 3)
+    assert (training["steps"], len(training["curve"]), len(training["valid_curve"])) == (
+        training["curve"][-1]["step"],
+        training["steps"],
+        3,
+    )
     assert training["best_valid_loss"] == min(point["loss"] for point in training["valid_curve"])
-    assert document["checks"] == [{"what": f"size of {file}", "limit": "<= 5MB", "value": document["checks"][i]["value"], "ok": True} for i, file in enumerate(FILES)]
+    assert document["checks"] == [
+        {"what": f"size of {file}", "limit": "<= 5MB", "value": document["checks"][i]["value"], "ok": True} for i, file in enumerate(FILES)
+    ]
 
 
 def test_answers_stand_side_by_side(finished: Line) -> None:
@@ -102,7 +108,9 @@ def test_predict_knows_the_labels_of_a_classifier(classified: Line, tmp_path: Pa
     done = edgelora("predict", exported(classified, name), rows, "-o", f"found.{suffix}", "--threads", 1, "--json", cwd=tmp_path)
     assert done.document == {"output": f"found.{suffix}", "rows": 5, "dropped": 0}
     text = (tmp_path / f"found.{suffix}").read_text(encoding="utf-8")
-    found: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()] if suffix == "jsonl" else list(csv.DictReader(text.splitlines()))
+    found: list[dict[str, Any]] = (
+        [json.loads(line) for line in text.splitlines()] if suffix == "jsonl" else list(csv.DictReader(text.splitlines()))
+    )
     assert [row["question"] for row in found] == [f'{text}, "again"' for text, _ in CLASSIFY_ROWS[:5]]
     assert all(row["label"] in ("delivery", "repair") for row in found)
     assert all(0.5 <= float(row["probability"]) <= 1 for row in found)  # the better one of two
@@ -170,9 +178,12 @@ def test_a_broken_budget_is_exit_code_1(copy: Line) -> None:
     done = edgelora("run", "tiny.yaml", "--set", "budgets.size=100kB", "--json", cwd=copy.folder)
     sizes = [f"{size_bytes(exported(copy, file)) / 1e6:.1f} MB" for file in FILES]
     assert done.code == 1
-    assert done.err == "error: 2 of 2 budgets broken: " + "; ".join(
-        f"size of {file}: {size}, limit <= 100kB" for file, size in zip(FILES, sizes, strict=True)
-    ) + "\n"
+    assert (
+        done.err
+        == "error: 2 of 2 budgets broken: "
+        + "; ".join(f"size of {file}: {size}, limit <= 100kB" for file, size in zip(FILES, sizes, strict=True))
+        + "\n"
+    )
     assert [row["ok"] for row in json.loads(done.out)["checks"]] == [False, False]
     assert report.read(copy.out)["checks"] == json.loads(done.out)["checks"]
     checked = edgelora("check", copy.out, cwd=copy.folder)  # the budgets it was made with
@@ -210,17 +221,40 @@ def test_every_command_works_on_the_one_before(finished: Line, tiny_base: Path, 
     assert merged["kept"] in ("nf4", "16bit")
     model = Path(merged["model"])
     assert model.name == finished.one("model-*").name
-    plan = edgelora("export", model, "--format", "gguf", "--type", "q8_0", "--threads", 1, "--name", "bot", "--dry-run", "--json", cwd=tmp_path).document
-    gguf = edgelora("export", model, "--format", "gguf", "--type", "q8_0", "--threads", 1, "--name", "bot", "--out", "files", "--json", cwd=tmp_path).document
+    plan = edgelora(
+        "export", model, "--format", "gguf", "--type", "q8_0", "--threads", 1, "--name", "bot", "--dry-run", "--json", cwd=tmp_path
+    ).document
+    gguf = edgelora(
+        "export", model, "--format", "gguf", "--type", "q8_0", "--threads", 1, "--name", "bot", "--out", "files", "--json", cwd=tmp_path
+    ).document
     assert plan == {"type": "q8_0", "predicted_bytes": gguf["predicted_bytes"]}
     assert gguf["size_bytes"] == gguf["predicted_bytes"] == (tmp_path / gguf["path"]).stat().st_size
-    other = edgelora("export", model, "--format", "gguf", "--type", "f16", "--threads", 1, "--rows", "rows.jsonl", "--out", "files", "--json", cwd=tmp_path).document
+    other = edgelora(
+        "export",
+        model,
+        "--format",
+        "gguf",
+        "--type",
+        "f16",
+        "--threads",
+        1,
+        "--rows",
+        "rows.jsonl",
+        "--out",
+        "files",
+        "--json",
+        cwd=tmp_path,
+    ).document
     assert other["kl"] < 1e-3
     assert other["rows"] == 16
-    onnx = edgelora("export", model, "--format", "onnx", "--type", "int8", "--threads", 1, "--out", "files", "--json", cwd=tmp_path).document
+    onnx = edgelora(
+        "export", model, "--format", "onnx", "--type", "int8", "--threads", 1, "--out", "files", "--json", cwd=tmp_path
+    ).document
     assert onnx["size_bytes"] == size_bytes(tmp_path / onnx["path"])
 
-    against = edgelora("eval", gguf["path"], "rows.jsonl", "--against", other["path"], "--most", 5, "--threads", 1, "--json", cwd=tmp_path).document
+    against = edgelora(
+        "eval", gguf["path"], "rows.jsonl", "--against", other["path"], "--most", 5, "--threads", 1, "--json", cwd=tmp_path
+    ).document
     assert (against["rows"], against["file"], against["against"]) == (5, "bot-q8_0.gguf", Path(other["path"]).name)
     assert against["change"] == pytest.approx(against["loss"] / against["before"]["loss"] - 1)
     assert abs(against["change"]) < 0.02  # 8 bits against 16 of one model
@@ -228,8 +262,15 @@ def test_every_command_works_on_the_one_before(finished: Line, tiny_base: Path, 
     assert alone["loss"] == pytest.approx(against["loss"], abs=0.1)
     assert alone["tokens"] == against["tokens"]
 
-    assert edgelora("predict", onnx["path"], "rows.jsonl", "-o", "p.jsonl", "--max-new-tokens", 3, "--threads", 1, "--json", cwd=tmp_path).document["rows"] == 16
-    benched = edgelora("bench", gguf["path"], onnx["path"], "--threads", 1, "--prompt-tokens", "8", "--repeats", 3, "--json", cwd=tmp_path).document
+    assert (
+        edgelora(
+            "predict", onnx["path"], "rows.jsonl", "-o", "p.jsonl", "--max-new-tokens", 3, "--threads", 1, "--json", cwd=tmp_path
+        ).document["rows"]
+        == 16
+    )
+    benched = edgelora(
+        "bench", gguf["path"], onnx["path"], "--threads", 1, "--prompt-tokens", "8", "--repeats", 3, "--json", cwd=tmp_path
+    ).document
     assert [row["file"] for row in benched["bench"]] == ["bot-q8_0.gguf", Path(onnx["path"]).name]
 
     pages = edgelora("report", finished.out, "-o", "pages", "--json", cwd=tmp_path).document
@@ -246,7 +287,9 @@ def test_chat_answers_a_prompt_and_a_pipe(finished: Line, tmp_path: Path, name: 
     first = edgelora(*options, "--prompt", "What is part 3?", "--json", cwd=tmp_path).document
     assert [message["role"] for message in first] == ["user", "assistant"]
     assert edgelora(*options, "--prompt", "What is part 3?", cwd=tmp_path) == Done(0, first[1]["content"] + "\n", "")
-    piped = edgelora(*options, "--system", "Be brief.", "--json", cwd=tmp_path, stdin="What is part 3?\n質問です\n\nnever read\n".encode()).document
+    piped = edgelora(
+        *options, "--system", "Be brief.", "--json", cwd=tmp_path, stdin="What is part 3?\n質問です\n\nnever read\n".encode()
+    ).document
     assert [message["role"] for message in piped] == ["system", "user", "assistant", "user", "assistant"]
     assert [message["content"] for message in piped if message["role"] == "user"] == ["What is part 3?", "質問です"]
     plain = edgelora(*options, cwd=tmp_path, stdin=b"What is part 3?")  # no line end, as `echo -n` sends it

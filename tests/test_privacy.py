@@ -112,5 +112,9 @@ def test_absolute_paths_of_a_recipe_stay_here(finished: Line, tmp_path: Path) ->
     settings = done.document["recipe"]
     assert settings["base"] == finished.one("model-*").name
     assert settings["out"] == "out"
-    assert (settings["data"]["train"], settings["data"]["valid"], settings["data"]["held_out"]) == ("rows.jsonl", "valid.jsonl", {"extra": "extra.jsonl"})
+    assert (settings["data"]["train"], settings["data"]["valid"], settings["data"]["held_out"]) == (
+        "rows.jsonl",
+        "valid.jsonl",
+        {"extra": "extra.jsonl"},
+    )
     assert leaks((p for p in out.rglob("*") if p.is_file()), [str(tmp_path), str(finished.folder)]) == []

@@ -69,7 +69,7 @@ def test_killed_ten_times_a_run_loses_nothing(finished: Line, tiny_base: Path, t
         assert kept.items() <= now.items()
         assert damaged(out) == []
         kept = now
-        wait_for(lambda: not still_running(out), 2)  # nobody goes on writing into what the next command will use
+        wait_for(lambda: not still_running(out))
     assert len(kept) >= 6
     document = edgelora("run", "tiny.yaml", "--json", cwd=tmp_path).document
     assert kept.items() <= finished_folders(out).items()
@@ -80,6 +80,20 @@ def test_killed_ten_times_a_run_loses_nothing(finished: Line, tiny_base: Path, t
     whole = report.read(finished.out)
     assert [row["sha256"] for row in document["files"] if "sha256" in row] == [row["sha256"] for row in whole["files"] if "sha256" in row]
     assert document["losses"] == whole["losses"]
+
+
+@pytest.mark.xfail(reason="the ONNX builder has a session of its own and outlives the command that started it", strict=True)
+def test_nobody_goes_on_writing_for_a_killed_command(finished: Line, tmp_path: Path) -> None:
+    """Else it would write into the folder that the same command, run again, is about to use."""
+    line = ("export", finished.one("model-*"), "--format", "onnx", "--type", "int8", "--threads", 1, "--out", tmp_path / "out")
+    process = start(*line, cwd=tmp_path, said=tmp_path)
+    try:
+        wait_for(lambda: any("onnxruntime_genai.models.builder" in line for line in still_running(tmp_path / "out")))
+        time.sleep(0.3)
+        kill(process)
+        wait_for(lambda: not still_running(tmp_path / "out"), 1)
+    finally:
+        wait_for(lambda: not still_running(tmp_path / "out"))
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(tiny_base: Path, tmp_path: Path) -> None:
@@ -141,7 +155,9 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 FULL = Done(
-    3, "", "error: no space left on the disk of disk/out\nfree some space or choose another --out, then run the same command again: finished stages are kept\n"
+    3,
+    "",
+    "error: no space left on the disk of disk/out\nfree some space or choose another --out, then run the same command again: finished stages are kept\n",
 )
 
 
@@ -176,7 +192,9 @@ def test_a_full_disk_in_the_middle_of_a_run(disk: Disk, tiny_base: Path, tmp_pat
     disk.leave(300 << 10)  # said before anything is trained
     done = edgelora(*command, cwd=tmp_path)
     assert (done.code, done.out) == (3, "")
-    assert done.err.startswith("error: the run writes about 874.2 kB (an estimate), 307.2 kB are free\nfree some space, or choose another --out\n")
+    assert done.err.startswith(
+        "error: the run writes about 874.2 kB (an estimate), 307.2 kB are free\nfree some space, or choose another --out\n"
+    )
     assert finished_folders(out) == {}
     disk.leave(1 << 20)  # enough by the estimate, which knows nothing of the builder's scratch files
     assert edgelora(*command, cwd=tmp_path) == FULL
@@ -231,6 +249,9 @@ def _base(name: str) -> Callable[[Path, Line], None]:
             tensors = load_file(weights)
             tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
             save_file(tensors, weights, metadata={"format": "pt"})
+        elif name == "foreign":
+            config = json.loads((base / "config.json").read_text())
+            (base / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 64, "vocab_size": config["vocab_size"]}))
         elif name == "short":
             weights.write_bytes(weights.read_bytes()[:-1000])
         elif name == "adapter":
@@ -245,22 +266,55 @@ def _base(name: str) -> Callable[[Path, Line], None]:
 
 
 MISTAKES: dict[str, tuple[Callable[[Path, Line], None], int, str]] = {
-    "no data": (_recipe("rows.jsonl", "rowz.jsonl"), 3, "error: data file not found: rowz.jsonl\ncheck `data:` in the recipe; paths are relative to the recipe\n"),
+    "no data": (
+        _recipe("rows.jsonl", "rowz.jsonl"),
+        3,
+        "error: data file not found: rowz.jsonl\ncheck `data:` in the recipe; paths are relative to the recipe\n",
+    ),
     "no rows": (_rows(""), 3, "error: rows.jsonl holds no rows\n"),
     "one row": (_rows('{"question": "a", "answer": "b"}'), 3, "error: rows.jsonl has 1 usable row; fine-tuning needs at least 4\n"),
-    "encoding": (_rows('{"question": "質問", "answer": "答え"}'.encode("cp932")), 3, "error: rows.jsonl line 1: byte 0x8e is not utf-8\nset data.encoding, for instance cp932 (Excel in Japan)\n"),
+    "encoding": (
+        _rows('{"question": "質問", "answer": "答え"}'.encode("cp932")),
+        3,
+        "error: rows.jsonl line 1: byte 0x8e is not utf-8\nset data.encoding, for instance cp932 (Excel in Japan)\n",
+    ),
     "no json": (_rows('{"question": "a"\n'), 3, "error: rows.jsonl line 1: not JSON"),
-    "wrong columns": (_rows('{"frage": "a", "antwort": "b"}\n'), 3, "error: rows.jsonl: no column looks like the question\nits columns: frage, antwort; set data.question\n"),
-    "misspelt key": (_recipe("epochs: 3", "epoch: 3"), 2, "error: tiny.yaml has 1 problem:\n  train.epoch: unknown key; did you mean 'epochs'?\nmend each line above and run again\n"),
+    "wrong columns": (
+        _rows('{"frage": "a", "antwort": "b"}\n'),
+        3,
+        "error: rows.jsonl: no column looks like the question\nits columns: frage, antwort; set data.question\n",
+    ),
+    "misspelt key": (
+        _recipe("epochs: 3", "epoch: 3"),
+        2,
+        "error: tiny.yaml has 1 problem:\n  train.epoch: unknown key; did you mean 'epochs'?\nmend each line above and run again\n",
+    ),
     "unknown type": (_recipe("type: int8", "type: int88"), 2, "error: onnx has no type 'int88'; did you mean 'int8'?\nits types: "),
     "unknown format": (_recipe("format: onnx", "format: onx"), 2, "error: 'onx' is not a format\nknown formats: gguf, onnx\n"),
     "unknown budget": (_recipe("size: 5MB", "siz: 5MB"), 2, "error: budgets:\n  siz: not a budget; known: size, "),
-    "unknown layer": (_recipe("r: 4", "targets: [q_proj, w_proj]"), 3, "error: train.targets: the base has no w_proj\nits linear layers: down_proj, "),
-    "long rows": (_recipe("max_tokens: 128", "max_tokens: 8"), 3, "error: nearly every row is longer than train.max_tokens = 8\nraise train.max_tokens\n"),
-    "no base": (_recipe("../base", "basse"), 3, "error: base 'basse' is neither a file, a folder nor a hub id\nwrite a path, package:NAME/FILE.gguf or org/name@revision\n"),
-    "pickled base": (_base("pickle"), 3, "error: my-base holds only pytorch_model.bin, which can run code when it is read\nsave the model as safetensors\n"),
+    "unknown layer": (
+        _recipe("r: 4", "targets: [q_proj, w_proj]"),
+        3,
+        "error: train.targets: the base has no w_proj\nits linear layers: down_proj, ",
+    ),
+    "long rows": (
+        _recipe("max_tokens: 128", "max_tokens: 8"),
+        3,
+        "error: nearly every row is longer than train.max_tokens = 8\nraise train.max_tokens\n",
+    ),
+    "no base": (
+        _recipe("../base", "basse"),
+        3,
+        "error: base 'basse' is neither a file, a folder nor a hub id\nwrite a path, package:NAME/FILE.gguf or org/name@revision\n",
+    ),
+    "pickled base": (
+        _base("pickle"),
+        3,
+        "error: my-base holds only pytorch_model.bin, which can run code when it is read\nsave the model as safetensors\n",
+    ),
     "base with NaN": (_base("nan"), 3, "error: my-base: model.layers.1.mlp.up_proj.weight holds values that are no numbers\n"),
     "base cut short": (_base("short"), 3, "error: my-base/model.safetensors is damaged: "),
+    "unknown architecture": (_base("foreign"), 3, "error: GGUF export does not know the architecture 'gpt2'\nknown: llama, "),
     "adapter as base": (_base("adapter"), 3, "error: my-base is a LoRA adapter, not a model\nadd it to its base first: edgelora merge\n"),
     "GGUF cut short": (_base("gguf"), 3, "was it cut short?"),
 }
@@ -293,7 +347,11 @@ def test_a_damaged_adapter_is_not_merged(finished: Line, tmp_path: Path) -> None
     for wrong in (data[:-100], bytes([data[0] ^ 0xFF]) + data[1:], data[:-1] + bytes([data[-1] ^ 1])):
         weights.write_bytes(wrong)
         done = edgelora("merge", adapter.relative_to(folder), "--recipe", "tiny.yaml", cwd=folder)
-        assert done == Done(3, "", f"error: {adapter.name}/adapter_model.safetensors is damaged: it is not the file that was written\nremove the folder and train again\n")
+        assert done == Done(
+            3,
+            "",
+            f"error: {adapter.name}/adapter_model.safetensors is damaged: it is not the file that was written\nremove the folder and train again\n",
+        )
     done = edgelora("run", "tiny.yaml", cwd=folder)
     assert done.err.startswith(f"error: {adapter.name}")
     assert done.code == 3

@@ -77,7 +77,13 @@ def test_the_merge_of_what_was_trained_is_what_was_trained(finished: Line) -> No
 
 @pytest.mark.parametrize(
     ("arch", "targets"),
-    [("llama", "all-linear"), ("llama", ("q_proj", "v_proj")), ("qwen3", "all-linear"), ("phi3", "all-linear"), ("gemma3_text", "down_proj")],
+    [
+        ("llama", "all-linear"),
+        ("llama", ("q_proj", "v_proj")),
+        ("qwen3", "all-linear"),
+        ("phi3", "all-linear"),
+        ("gemma3_text", "down_proj"),
+    ],
 )
 def test_trained_parameters_are_r_times_the_sides(tmp_path: Path, arch: str, targets: Any) -> None:
     folder = tiny_model(arch, tmp_path / arch)
@@ -134,7 +140,9 @@ def first_gradients(made: loop.AnswerTrainer) -> dict[str, torch.Tensor]:
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            found.update({name: p.grad.clone() for name, p in kwargs["model"].named_parameters() if p.grad is not None and name not in found})
+            found.update(
+                {name: p.grad.clone() for name, p in kwargs["model"].named_parameters() if p.grad is not None and name not in found}
+            )
 
     made.args.max_grad_norm = 0.0
     made.add_callback(Keep())
@@ -208,7 +216,13 @@ def test_the_walkthroughs_settings_on_a_cpu(tiny_base: Path, tmp_path: Path) -> 
     values = yaml.safe_load((ROOT / "recipes" / "lora-walkthrough.yaml").read_text(encoding="utf-8"))
     assert values["train"]["dtype"] == "fp16"
     write_recipe(tmp_path, tiny_base)
-    values |= {"name": "tiny", "base": str(tiny_base), "data": {"train": "rows.jsonl"}, "exports": [{"format": "gguf", "type": "f16"}], "threads": 1}
+    values |= {
+        "name": "tiny",
+        "base": str(tiny_base),
+        "data": {"train": "rows.jsonl"},
+        "exports": [{"format": "gguf", "type": "f16"}],
+        "threads": 1,
+    }
     values["bench"] = {"prompt_tokens": [8], "decode_tokens": 4, "repeats": 3}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     done = edgelora("run", "tiny.yaml", cwd=tmp_path)
@@ -228,7 +242,7 @@ def test_the_best_epoch_is_kept(tiny_base: Path, tmp_path: Path) -> None:
     """At this rate the tiny model soon gets worse; patience ends the training and the best epoch is what is saved."""
     write_recipe(tmp_path, tiny_base, dtype="fp32")
     made = edgelora(
-        "finetune", "tiny.yaml", "--json", "--set", "train.lr=5e-2", "--set", "train.epochs=12", "--set", "train.method=lora",
+        "finetune", "tiny.yaml", "--json", "--set", "train.lr=1e-1", "--set", "train.epochs=12", "--set", "train.method=lora",
         "--set", "train.schedule=constant", "--set", "train.batch=16", cwd=tmp_path,
     ).document  # fmt: skip
     losses = [point["loss"] for point in made["valid_curve"]]

@@ -43,7 +43,9 @@ def refused(finished: Line, file: Path, rows: list[Encoded], scratch: Path, wide
     return caught.value.message, caught.value.hint
 
 
-def rewritten(source: Path, target: Path, change: Mapping[str, Any], weights: Callable[[str, np.ndarray], np.ndarray] | None = None) -> Path:
+def rewritten(
+    source: Path, target: Path, change: Mapping[str, Any], weights: Callable[[str, np.ndarray], np.ndarray] | None = None
+) -> Path:
     """A copy of a GGUF file with other metadata, and with the raw bytes of its tensors changed."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
@@ -86,7 +88,10 @@ def test_an_untouched_file_passes(finished: Line, file: Path, folder: Path, rows
 def test_gguf_template(finished: Line, file: Path, rows: list[Encoded], tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     message, hint = refused(finished, rewritten(file, tmp_path / "t.gguf", {"tokenizer.chat_template": template}), rows, tmp_path)
-    assert message == "t.gguf: the chat template renders '[user] Hello\\n' where training saw '<|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\n'"
+    assert (
+        message
+        == "t.gguf: the chat template renders '[user] Hello\\n' where training saw '<|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\n'"
+    )
     assert hint == "the culprit is the chat template"
 
 
@@ -147,7 +152,9 @@ def test_onnx_template(finished: Line, folder: Path, rows: list[Encoded], tmp_pa
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>assistant\n", "<|im_start|>bot\n"))
     message, hint = refused(finished, folder, rows, tmp_path)
-    assert message.startswith("tampered-onnx: the chat template renders '<|im_start|>user\\nHello<|im_end|>\\n<|im_start|>bot\\n' where training saw ")
+    assert message.startswith(
+        "tampered-onnx: the chat template renders '<|im_start|>user\\nHello<|im_end|>\\n<|im_start|>bot\\n' where training saw "
+    )
     assert hint == "the culprit is the chat template"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgelora import models
 from edgelora import recipe as recipes
+from edgelora.errors import ModelError
 from edgelora.train import load
 
 # Fitted on SmolLM2-135M, rows of up to 97 tokens: 8 and 16 rows on two CPU cores (2.9 and 4.9 GB; 186 and 214 tokens a
@@ -25,7 +26,10 @@ def training(folder: Path, train: recipes.Train, tokens: int, lengths: Sequence[
     `lengths` are the token counts of the rows, `tokens` their sum.
     """
     config, device = models.config(folder), load.device()
-    layers, hidden, inner = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
+    try:
+        layers, hidden, inner = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
+    except KeyError as error:
+        raise ModelError(f"{folder.name}: its config.json names no {error.args[0]}", "choose a base of the llama kind") from None
     total = models.parameter_count(folder)
     embedding = config["vocab_size"] * hidden
     base = (total - embedding) * (0.55 if train.method == "qlora" else 2) + embedding * 2

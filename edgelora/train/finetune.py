@@ -125,21 +125,22 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
 def _with_adapter(model: Any, train: recipes.Train) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=train.r,
-        lora_alpha=train.alpha,
-        lora_dropout=train.dropout,
-        target_modules=train.targets if isinstance(train.targets, str) else list(train.targets),
-        task_type="CAUSAL_LM",
-    )
-    if not isinstance(train.targets, str) or train.targets != "all-linear":
+    targets: str | list[str] = "all-linear"
+    if train.targets != "all-linear":
+        targets = [train.targets] if isinstance(train.targets, str) else list(train.targets)
         known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if "Linear" in type(module).__name__})
-        wanted = [train.targets] if isinstance(train.targets, str) else train.targets
-        unknown = [target for target in wanted if target not in known]
+        unknown = [target for target in targets if target not in known]
         if unknown:
             raise ModelError(
                 f"train.targets: the base has no {', '.join(unknown)}", f"its linear layers: {', '.join(known)}; or write all-linear"
             )
+    config = LoraConfig(
+        r=train.r,
+        lora_alpha=train.alpha,
+        lora_dropout=train.dropout,
+        target_modules=targets,  # a list: PEFT reads a lone name as a regular expression for the whole path
+        task_type="CAUSAL_LM",
+    )
     if train.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

@@ -1,0 +1,3 @@
+from edgelora.cli import main
+
+main()

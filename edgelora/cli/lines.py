@@ -1,0 +1,48 @@
+"""Stages' figures as lines of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def training(facts: Any) -> list[str]:
+    from edgelora.train import estimate
+
+    lines = [
+        f"trained {facts['trained_parameters']:,} of {facts['total_parameters']:,} parameters ({facts['trained_share']:.2%}); "
+        f"full fine-tuning would hold {facts['full_finetune_bytes'] / 1e9:.1f} GB of weights, gradients and optimizer",
+        f"memory: {estimate.peak_bytes(facts['measured']) / 1e9:.1f} GB ({estimate.peak_bytes(facts['predicted']) / 1e9:.1f} predicted)"
+        + (
+            f"; time: {facts['measured']['seconds']:.0f} s ({facts['predicted']['seconds']:.0f} predicted)"
+            if "seconds" in facts["measured"]
+            else ""
+        ),
+    ]
+    return lines + [f"note: {note}" for note in facts["notes"]]
+
+
+def file(facts: Any) -> str:
+    return (
+        f"{facts['file']}: {facts['size_bytes'] / 1e6:.1f} MB ({facts['predicted_bytes'] / 1e6:.1f} predicted); against the trained model: "
+        f"tokens and template equal, KL {facts['kl']:.3g} nats a token, top-1 {facts['top1']:.1%}, n = {facts['tokens']} tokens"
+    )
+
+
+def bench(row: Any) -> str:
+    return (
+        f"{row['file']}  {row['runtime']}, {row['threads']} threads, prompt {row['prompt_tokens']}: first token {row['ttft_ms']:.0f} ms, "
+        f"prefill {row['prefill_tok_per_s']:.0f} tok/s, decode {row['decode_tok_per_s']:.1f} tok/s, peak {row['peak_rss_bytes'] / 1e6:.0f} MB"
+    )
+
+
+def summary(document: Any) -> list[str]:
+    lines = [*training(document["training"]), f"merge: {document['merge']['why']}"]
+    lines += [file(row) for row in document["files"]]
+    for row in document.get("losses", []):
+        lines.append(
+            f"{row['file']} on {row['set']} (n = {row['rows']}): loss {row['before']['loss']:.3f} -> {row['after']['loss']:.3f}, "
+            f"{row['change']:+.0%} [{row['change_low']:+.0%}, {row['change_high']:+.0%}]"
+        )
+    for row in document.get("accuracy", []):
+        lines.append(f"{row['file']} on {row['set']} (n = {row['rows']}): accuracy {row['before']:.1%} -> {row['after']:.1%}")
+    return lines + [bench(row) for row in document.get("bench", [])]

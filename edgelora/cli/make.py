@@ -1,0 +1,234 @@
+"""Commands that make something: init, run, finetune, merge, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgelora.cli import lines
+from edgelora.cli.output import DRY_RUN, OUT, PATH, RECIPE, SET, Output, calm_libraries, command, load_recipe
+from edgelora.errors import CheckFailed, UsageError
+
+if TYPE_CHECKING:
+    from edgelora import recipe as recipes
+    from edgelora.artifact import Artifact
+
+
+@click.command()
+@click.argument("data", type=PATH)
+@click.option("-o", "--output", type=PATH, help="Where to write the recipe; default <name of the data>.yaml.")
+@click.option("--base", help="Base model; default the embedded one.")
+@click.option("--question", help="Column of the questions (or texts).")
+@click.option("--answer", help="Column of the answers (or labels).")
+@click.option("--encoding", default="utf-8", show_default=True, help="Encoding of the file; a byte order mark is honoured.")
+@command
+def init(echo: Output, data: Path, output: Path | None, base: str | None, question: str | None, answer: str | None, encoding: str) -> None:
+    """Look at a data file and write a commented recipe for it.
+
+    \b
+    Example:  edgelora init faq.csv -o faq.yaml
+    """
+    from edgelora.suggest import suggest
+
+    target = output or Path(f"{data.stem}.yaml")
+    if target.exists():
+        raise UsageError(f"{target} exists", "choose another name with -o; a recipe is never overwritten")
+    found = suggest(data, question=question, answer=answer, encoding=encoding, base=base, folder=target.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(found.recipe, encoding="utf-8")
+    document = {
+        "recipe": str(target),
+        "rows": found.rows,
+        "columns": found.columns,
+        "dropped": found.dropped,
+        "task": found.task,
+        "base": found.base,
+    }
+    echo.result(
+        document,
+        f"{data.name}: {found.rows} rows, columns {', '.join(found.columns)}"
+        + (f", {found.dropped} without both left out" if found.dropped else ""),
+        f"task: {found.task}" + (f", {found.labels} labels" if found.labels else ""),
+        f"base: {found.base}" + ("  (an English model; see the note in the recipe)" if found.japanese and not base else ""),
+        f"wrote {target}; next: edgelora run {target} --dry-run",
+    )
+
+
+@click.command()
+@RECIPE
+@SET
+@OUT
+@DRY_RUN
+@command
+def run(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool) -> None:
+    """Fine-tune, merge, export, verify, evaluate, bench, report and check, as a recipe says.
+
+    Finished stages are kept: the same command continues a run that was interrupted.
+
+    \b
+    Example:  edgelora run quickstart
+    """
+    loaded = load_recipe(recipe, overrides, out)
+    if dry_run:
+        _plan(echo, loaded)
+        return
+    from edgelora import pipeline
+    from edgelora.check import broken
+
+    calm_libraries()
+    with echo.progress() as progress:
+        result = pipeline.run(loaded, progress)
+    echo.result(
+        result.document, *lines.summary(result.document), f"report: {result.report}", *(f"file:   {path}" for path in result.exports)
+    )
+    if failed := broken(result.verdicts):
+        raise CheckFailed(
+            f"{len(failed)} of {len(result.verdicts)} budgets broken: "
+            + "; ".join(f"{v.what}: {v.as_row()['value']}, limit {v.limit}" for v in failed)
+        )
+
+
+@click.command()
+@RECIPE
+@SET
+@OUT
+@DRY_RUN
+@command
+def finetune(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool) -> None:
+    """Train a LoRA adapter on a base held in 4-bit NF4 (QLoRA) or in 16 bits (LoRA).
+
+    \b
+    Example:  edgelora finetune quickstart --set train.epochs=1 --out runs/try
+    """
+    loaded = load_recipe(recipe, overrides, out)
+    if dry_run:
+        _plan(echo, loaded)
+        return
+    from edgelora import artifact, doctor, models, preflight
+    from edgelora.data import split
+    from edgelora.train.finetune import finetune as train
+
+    calm_libraries()
+    doctor.require(preflight.TRAINING)
+    with echo.progress() as progress, artifact.locked(loaded.out_dir):
+        dataset = split.load(loaded)
+        base = models.open_base(loaded.base, loaded.folder, loaded.out_dir)
+        made = train(loaded, base, dataset, loaded.out_dir, lambda share, text: progress("fine-tune", share, text))
+    facts = made.facts
+    echo.result(
+        {"adapter": str(made.path), **facts},
+        *lines.training(facts),
+        f"adapter: {made.path}",
+        f"next: edgelora merge {made.path} --recipe {recipe}",
+    )
+
+
+@click.command()
+@click.argument("adapter", type=PATH)
+@click.option(
+    "--recipe", "recipe", type=PATH, required=True, help="The recipe it was trained with: names the base and the rows that choose."
+)
+@click.option("--base", "into", type=click.Choice(["auto", "nf4", "16bit"]), help="Which base to merge into; default as the recipe says.")
+@SET
+@command
+def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides: tuple[str, ...]) -> None:
+    """Add an adapter to its base: W' = W + (alpha / r) B A, on the base that serves better.
+
+    \b
+    Example:  edgelora merge runs/quickstart/adapter-1a2b3c4d --recipe quickstart
+    """
+    from edgelora import artifact, doctor, models, preflight
+    from edgelora.data import split
+    from edgelora.merge import merge as merge_
+
+    calm_libraries()
+    doctor.require(preflight.TRAINING)
+    made_adapter = _artifact(adapter, "adapter")
+    loaded = load_recipe(recipe, (*overrides, *([f"merge.base={into}"] if into else [])), adapter.parent)
+    with echo.progress() as progress, artifact.locked(adapter.parent):
+        dataset = split.load(loaded)
+        base = models.open_base(loaded.base, loaded.folder, adapter.parent)
+        if made_adapter.made_from.get("base") != base.key:
+            raise UsageError(f"{adapter.name} was trained on another base than {loaded.base}", "name the recipe it was trained with")
+        made = merge_(loaded, base, made_adapter, dataset, adapter.parent, lambda share, text: progress("merge", share, text))
+    echo.result({"model": str(made.path), **made.facts}, f"kept the {made.facts['kept']} merge: {made.facts['why']}", f"model: {made.path}")
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.option("--format", "format_", required=True, help="gguf or onnx.")
+@click.option("--type", "type_", help="Type of the weights, e.g. q4_k_m or int4-mixed; default the format's own.")
+@click.option("--rows", type=PATH, help="Rows (question, answer) on which the file is compared with the model; default texts of our own.")
+@click.option("--name", help="Name of the file; default that of the model's folder.")
+@click.option("--out", type=PATH, help="Folder of the result; default beside the model.")
+@click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
+@DRY_RUN
+@command
+def export(
+    echo: Output,
+    model: Path,
+    format_: str,
+    type_: str | None,
+    rows: Path | None,
+    name: str | None,
+    out: Path | None,
+    threads: int | None,
+    dry_run: bool,
+) -> None:
+    """Write a merged model (a Hugging Face folder) as GGUF or ONNX, open it in its runtime and compare.
+
+    \b
+    Example:  edgelora export runs/quickstart/model-1a2b3c4d --format gguf --type q4_k_m
+    """
+    from edgelora import artifact, doctor, machine, models
+    from edgelora import recipe as recipes
+    from edgelora.export import samples
+    from edgelora.export import stage as exports
+    from edgelora.runtime import runtime
+
+    section = exports.resolve(recipes.Export(format_, type_))
+    module = exports.format_module(format_)
+    models.config(model)
+    if dry_run:
+        predicted = module.predict_bytes(model, str(section.type), name or model.absolute().name)
+        echo.result({"type": section.type, "predicted_bytes": predicted}, f"{format_} {section.type}: {predicted / 1e6:.1f} MB (predicted)")
+        return
+    calm_libraries()
+    doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
+    target = out or model.absolute().parent
+    with echo.progress() as progress, artifact.locked(target):
+        encoded, rows_from = samples.rows(model, rows)
+        made = exports.export(
+            model,
+            models.open_base(str(model.absolute()), Path(), target).key,
+            section,
+            name=name or model.absolute().name,
+            rows=encoded,
+            rows_from=rows_from,
+            limits=recipes.Evaluate(),
+            threads=threads or machine.cores(),
+            out=target,
+            progress=lambda share, text: progress("export", share, text),
+        )
+    facts, path = made.facts, exports.exported_path(made)
+    echo.result({"path": str(path), **facts}, lines.file(facts), f"file: {path}")
+
+
+def _plan(echo: Output, recipe: recipes.Recipe) -> None:
+    from edgelora import doctor, plan, preflight
+
+    calm_libraries()
+    doctor.require(preflight.TRAINING)
+    found = plan.plan(recipe)
+    echo.result(found, *plan.lines(found))
+
+
+def _artifact(path: Path, kind: str) -> Artifact:
+    from edgelora import artifact
+
+    found = artifact.load(path)
+    if found.kind != kind:
+        raise UsageError(f"{path}: expected an artifact of kind {kind}, found {found.kind}", f"name a folder {kind}-...")
+    return found
