@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgelora import artifact, evaluate, models
+from edgelora import artifact, evaluate, machine, models
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data import chat
@@ -25,7 +25,7 @@ Progress = Callable[[float, str], None]
 
 def merge(recipe: recipes.Recipe, base: models.Base, adapter: Artifact, dataset: Dataset, out: Path, progress: Progress) -> Artifact:
     """Write the merged model as a Hugging Face folder in bf16, with the tokenizer and template it was trained with."""
-    method = str(adapter.facts["method"])
+    method: load.Method = "qlora" if adapter.facts["method"] == "qlora" else "lora"
     return artifact.build(
         out,
         "model",
@@ -44,10 +44,11 @@ def merge(recipe: recipes.Recipe, base: models.Base, adapter: Artifact, dataset:
 
 
 def _merge(
-    recipe: recipes.Recipe, base: models.Base, adapter: Artifact, method: str, dataset: Dataset, folder: Path, progress: Progress
+    recipe: recipes.Recipe, base: models.Base, adapter: Artifact, method: load.Method, dataset: Dataset, folder: Path, progress: Progress
 ) -> dict[str, Any]:
     import torch
 
+    torch.set_num_threads(recipe.threads or machine.cores())
     _whole(adapter)
     tokenizer = models.open_tokenizer(base.folder)
     rows = [ids for _, ids in chat.encode_all(tokenizer, dataset.selecting, recipe.train.max_tokens)]
@@ -110,12 +111,12 @@ def _adapted(model: Any, adapter: Path) -> Any:
 class _Trained:
     """The model as training left it, on rows: what every merge is compared with."""
 
-    def __init__(self, base: Path, adapter: Path, method: str, tokenizer: Any, rows: Sequence[chat.Encoded]) -> None:
+    def __init__(self, base: Path, adapter: Path, method: load.Method, tokenizer: Any, rows: Sequence[chat.Encoded]) -> None:
         import torch
 
         from edgelora.runtime.torch_reference import TorchSession
 
-        model = load.load_base(base, "qlora" if method == "qlora" else "lora", torch.float32)
+        model = load.load_base(base, method, torch.float32)
         self._session = TorchSession(_adapted(model, adapter).eval(), tokenizer)
         self._tokenizer, self._rows = tokenizer, rows
 
