@@ -85,15 +85,15 @@ def test_killed_ten_times_a_run_loses_nothing(finished: Line, tiny_base: Path, t
 @pytest.mark.xfail(reason="the ONNX builder has a session of its own and outlives the command that started it", strict=True)
 def test_nobody_goes_on_writing_for_a_killed_command(finished: Line, tmp_path: Path) -> None:
     """Else it would write into the folder that the same command, run again, is about to use."""
-    line = ("export", finished.one("model-*"), "--format", "onnx", "--type", "int8", "--threads", 1, "--out", tmp_path / "out")
+    line = ("export", finished.one("model-*"), "--format", "onnx", "--type", "int8", "--threads", 1, "--out", tmp_path / "made")
     process = start(*line, cwd=tmp_path, said=tmp_path)
     try:
-        wait_for(lambda: any("onnxruntime_genai.models.builder" in line for line in still_running(tmp_path / "out")))
+        wait_for(lambda: any("onnxruntime_genai.models.builder" in line for line in still_running(tmp_path / "made")))
         time.sleep(0.3)
         kill(process)
-        wait_for(lambda: not still_running(tmp_path / "out"), 1)
+        wait_for(lambda: not still_running(tmp_path / "made"), 1)
     finally:
-        wait_for(lambda: not still_running(tmp_path / "out"))
+        wait_for(lambda: not still_running(tmp_path / "made"))
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(tiny_base: Path, tmp_path: Path) -> None:
