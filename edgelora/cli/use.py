@@ -103,7 +103,7 @@ def chat(echo: Output, file: Path, prompt: str | None, system: str | None, max_n
     """Talk to an exported file. An empty line or Ctrl-D ends.
 
     \b
-    Example:  edgelora chat runs/quickstart/gguf-q4_k_m-1a2b3c4d/quickstart-q4_k_m.gguf
+    Example:  edgelora chat runs/quickstart/gguf-q5_k_m-1a2b3c4d/quickstart-q5_k_m.gguf
     """
     from edgelora import talk
 
