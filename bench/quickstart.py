@@ -149,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--twice", action="store_true")
     parser.add_argument("--kill", type=int, default=0, metavar="N")
+    parser.add_argument("--into", type=Path, help="Empty folder for the first run, kept; default a temporary one.")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
@@ -163,7 +164,7 @@ def main() -> None:
         "machine": machine.describe(),
     }
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
-        first = Path(scratch) / "first"
+        first = options.into or Path(scratch) / "first"
         result["run"], output = watched(command(first, options.set))
         result["report"] = json.loads(output)
         again, _ = watched(command(first, options.set))

@@ -82,7 +82,6 @@ def test_killed_ten_times_a_run_loses_nothing(finished: Line, tiny_base: Path, t
     assert document["losses"] == whole["losses"]
 
 
-@pytest.mark.xfail(reason="the ONNX builder has a session of its own and outlives the command that started it", strict=True)
 def test_nobody_goes_on_writing_for_a_killed_command(finished: Line, tmp_path: Path) -> None:
     """Else it would write into the folder that the same command, run again, is about to use."""
     line = ("export", finished.one("model-*"), "--format", "onnx", "--type", "int8", "--threads", 1, "--out", tmp_path / "made")

@@ -10,6 +10,7 @@ Asymmetric default quantization of tied embeddings, for one, exits 0 and leaves 
 from __future__ import annotations
 
 import collections
+import ctypes
 import json
 import math
 import os
@@ -183,6 +184,7 @@ def _run_builder(model: Path, options: Sequence[str], scratch: Path, layers: int
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=_die_with_us(),
     ) as process:
         try:
             for line in _lines(process):
@@ -229,6 +231,14 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
         *whole, rest = re.split(rb"[\r\n]+", rest + block)
         yield from (line.decode("utf-8", "replace") for line in whole)
     yield rest.decode("utf-8", "replace")
+
+
+def _die_with_us() -> Callable[[], object] | None:
+    """On Linux the kernel ends the builder when we die, however we die: else it writes into the next attempt's folder."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
