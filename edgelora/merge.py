@@ -37,6 +37,7 @@ def merge(recipe: recipes.Recipe, base: models.Base, adapter: Artifact, dataset:
             "base_model": models.shown(recipe.base),
             "system": recipe.data.system,
             "task": recipe.data.task,
+            "rows": recipe.evaluate.rows,
         },
         versions=artifact.versions_of("torch", "transformers", "peft", "bitsandbytes"),
         rows={"valid": "select"},
@@ -51,7 +52,8 @@ def _merge(
     torch.set_num_threads(recipe.threads or machine.cores())
     _whole(adapter)
     tokenizer = models.open_tokenizer(base.folder)
-    rows = [ids for _, ids in chat.encode_all(tokenizer, dataset.selecting, recipe.train.max_tokens)]
+    fitting = chat.encode_all(tokenizer, dataset.selecting, recipe.train.max_tokens)
+    rows = [ids for _, ids in fitting[: recipe.evaluate.rows]]
     wanted = ["16bit"] if method == "lora" else ["nf4", "16bit"] if recipe.merge.base == "auto" else [recipe.merge.base]
     if method == "lora" and recipe.merge.base == "nf4":
         raise ModelError("merge.base nf4: this adapter was trained on the 16-bit base", "write merge.base: auto or 16bit")

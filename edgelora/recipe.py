@@ -75,7 +75,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Evaluate:
-    rows: int = 60  # at most, of each held-out set
+    rows: int = 60  # at most, of each set
     verify_rows: int = 16  # of `valid`, on which an exported file is compared with the trained model
     max_kl: float = 0.6  # an exported file further away (nats a token) than this is refused
     answers: int = 5  # shown side by side in the report
