@@ -46,21 +46,33 @@ def losses(session: Session, rows: Sequence[Encoded], progress: Callable[[float]
     """Loss of every row's answer tokens, given everything before them."""
     nats = []
     for number, row in enumerate(rows, 1):
-        nats.append(-_answer_log_probs(_score(session, row), row).sum())
+        scores = answer_scores(session, [row])[0].astype(np.float64)
+        nats.append(-scores[np.arange(len(scores)), np.array(row.ids)[list(row.trained)]].sum())
         progress(number / len(rows))
     return Losses(np.array(nats), np.array([row.n_trained for row in rows]))
 
 
-def divergence(reference: Session, session: Session, rows: Sequence[Encoded]) -> Divergence:
-    """How far `session` is from `reference` on the answer tokens of `rows`."""
+def answer_scores(session: Session, rows: Sequence[Encoded]) -> list[np.ndarray]:
+    """Log-probabilities where `rows` are scored, float32, each (answer tokens, vocabulary): a reference that is compared with more than once."""
+    return [_score(session, row)[_predicting(row)] for row in rows]
+
+
+def divergence(reference: Session | Sequence[np.ndarray], session: Session, rows: Sequence[Encoded]) -> Divergence:
+    """How far `session` is from `reference` (a session, or its `answer_scores`) on the answer tokens of `rows`."""
     nats, agreed, own, theirs = [], [], [], []
-    for row in rows:
-        expected, found = _score(reference, row), _score(session, row)
-        p, q = (x[_predicting(row)].astype(np.float64) for x in (expected, found))
+    for number, row in enumerate(rows):
+        p, q = (
+            scores.astype(np.float64)
+            for scores in (
+                reference[number] if isinstance(reference, Sequence) else answer_scores(reference, [row])[0],
+                answer_scores(session, [row])[0],
+            )
+        )
+        true = (np.arange(len(q)), np.array(row.ids)[list(row.trained)])
         nats.append(np.maximum(0.0, (np.exp(p) * (p - q)).sum()))  # rounding alone makes it negative
         agreed.append((p.argmax(-1) == q.argmax(-1)).sum())
-        own.append(-_answer_log_probs(found, row).sum())
-        theirs.append(-_answer_log_probs(expected, row).sum())
+        own.append(-q[true].sum())
+        theirs.append(-p[true].sum())
     tokens = np.array([row.n_trained for row in rows])
     return Divergence(np.array(nats), np.array(agreed), tokens, Losses(np.array(own), tokens), Losses(np.array(theirs), tokens))
 
@@ -122,12 +134,6 @@ def _score(session: Session, row: Encoded) -> np.ndarray:
 def _predicting(row: Encoded) -> np.ndarray:
     """Which rows of `_score` predict an answer token."""
     return np.array(row.trained[row.trained.index(True) :])
-
-
-def _answer_log_probs(scores: np.ndarray, row: Encoded) -> np.ndarray:
-    chosen = _predicting(row)
-    ids = np.array(row.ids[row.trained.index(True) :])[chosen]
-    return scores[chosen].astype(np.float64)[np.arange(len(ids)), ids]
 
 
 def _draws(rows: int) -> np.ndarray:

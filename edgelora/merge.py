@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgelora import artifact, evaluate, machine, models
 from edgelora import recipe as recipes
@@ -19,6 +19,9 @@ from edgelora.data import chat
 from edgelora.data.split import Dataset
 from edgelora.errors import ModelError
 from edgelora.train import load
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Progress = Callable[[float, str], None]
 
@@ -49,6 +52,8 @@ def _merge(
 ) -> dict[str, Any]:
     import torch
 
+    from edgelora.runtime.torch_reference import TorchSession
+
     torch.set_num_threads(recipe.threads or machine.cores())
     _whole(adapter)
     tokenizer = models.open_tokenizer(base.folder)
@@ -58,18 +63,17 @@ def _merge(
     if method == "lora" and recipe.merge.base == "nf4":
         raise ModelError("merge.base nf4: this adapter was trained on the 16-bit base", "write merge.base: auto or 16bit")
     progress(0.0, "reading the model as trained")
-    trained = _Trained(base.folder, adapter.path, method, tokenizer, rows)
+    trained = _as_trained(base.folder, adapter.path, method, tokenizer, rows)
     candidates = []
     for number, name in enumerate(wanted):
         progress((number + 1) / (len(wanted) + 2), f"merging into the {name} base")
-        model = dense(base.folder, adapter.path, name)
-        candidates.append({"base": name, **trained.compare(model)})
-        del model
+        merged = TorchSession(dense(base.folder, adapter.path, name), tokenizer)
+        candidates.append({"base": name, **evaluate.divergence_summary(evaluate.divergence(trained, merged, rows))})
     kept = min(candidates, key=lambda c: c["loss"])
     progress(1 - 1 / (len(wanted) + 2), f"writing the {kept['base']} merge")
-    merged = dense(base.folder, adapter.path, str(kept["base"])).to(torch.bfloat16)
-    merged.config.dtype = torch.bfloat16
-    merged.save_pretrained(folder)
+    model = dense(base.folder, adapter.path, str(kept["base"])).to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
     tokenizer.chat_template = chat.with_system(tokenizer.chat_template, recipe.data.system)
     tokenizer.save_pretrained(folder)
     models.tidy(folder, models.shown(recipe.base))
@@ -110,22 +114,14 @@ def _adapted(model: Any, adapter: Path) -> Any:
         raise ModelError(f"{adapter.name} cannot be read: {cause}", "it is damaged: remove the folder and train again") from error
 
 
-class _Trained:
-    """The model as training left it, on rows: what every merge is compared with."""
+def _as_trained(base: Path, adapter: Path, method: load.Method, tokenizer: Any, rows: Sequence[chat.Encoded]) -> list[np.ndarray]:
+    """The scores of the model as training left it, on rows: what every merge is compared with."""
+    import torch
 
-    def __init__(self, base: Path, adapter: Path, method: load.Method, tokenizer: Any, rows: Sequence[chat.Encoded]) -> None:
-        import torch
+    from edgelora.runtime.torch_reference import TorchSession
 
-        from edgelora.runtime.torch_reference import TorchSession
-
-        model = load.load_base(base, method, torch.float32)
-        self._session = TorchSession(_adapted(model, adapter).eval(), tokenizer)
-        self._tokenizer, self._rows = tokenizer, rows
-
-    def compare(self, model: Any) -> dict[str, Any]:
-        from edgelora.runtime.torch_reference import TorchSession
-
-        return evaluate.divergence_summary(evaluate.divergence(self._session, TorchSession(model, self._tokenizer), self._rows))
+    model = _adapted(load.load_base(base, method, torch.float32), adapter).eval()
+    return evaluate.answer_scores(TorchSession(model, tokenizer), rows)
 
 
 def _why(kept: dict[str, Any], candidates: Sequence[dict[str, Any]]) -> str:
