@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edgelora import artifact
 from edgelora.errors import DiskFull, EdgeloraError, ModelError, Unsupported
 from edgelora.export import onnx as onnx_export
+from edgelora.export import onnx_builder, onnx_graph
 from edgelora.runtime import onnx_runtime
 from tests.tiny_models import TEXTS, tiny_model
 
@@ -201,7 +202,7 @@ def test_tied_embedding_is_on_the_disk_once(exports: Exports) -> None:
 def test_untied_embedding_is_rounded_to_the_nearest_of_255_steps() -> None:
     weight = np.random.default_rng(1).normal(size=(5000, 64)).astype(np.float32)
     weight[7] = 0
-    table, scales = onnx_export._round_rows(weight, 32)
+    table, scales = onnx_graph._round_rows(weight, 32)
     again = (table.reshape(5000, 2, 32).astype(np.float32) - 128) * scales[..., None]
     assert np.abs(again.reshape(5000, 64) - weight).max() <= scales.max() / 2 * 1.0001
     assert not again[7].any()
@@ -254,7 +255,7 @@ class TestRefusals:
     def test_full_disk_is_recognised(self, tmp_path: Path) -> None:
         said = collections.deque(["Saving", "OSError: [Errno 28] No space left on device", "  at the end"])
         with pytest.raises(DiskFull), artifact.writing(tmp_path):
-            raise onnx_export._failure(said, 1, tmp_path)
+            raise onnx_builder._failure(said, 1, tmp_path)
 
     def test_rows_that_no_block_divides_evenly(self) -> None:
         shapes = {"model.embed_tokens.weight": [300, 80]}

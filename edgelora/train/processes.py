@@ -8,9 +8,11 @@ runs one after the other however many threads it has (SmolLM2-135M on two cores:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +96,7 @@ def _work(
     torch.set_num_threads(threads)
     # accelerate reads these; gloo would otherwise talk over the network card.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=processes)
     progress = (lambda share, text: messages.put(("progress", (share, text)))) if rank == 0 else (lambda share, text: None)
     try:
@@ -130,6 +132,5 @@ def wait() -> None:
 
 def _die_with_parent() -> None:
     """A killed command leaves nobody behind who writes into its folder."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
