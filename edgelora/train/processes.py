@@ -14,7 +14,7 @@ import queue
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def run(function: Callable[..., dict[str, Any]], processes: int, threads: int, p
                 else:
                     errors.append(content)
 
-    with tempfile.TemporaryDirectory(prefix="edgelora-") as folder:
+    with tempfile.TemporaryDirectory(prefix="edgelora-") as folder, _environment(OMP_NUM_THREADS=str(threads // processes)):
         started = start_processes(
             _work,
             (processes, threads // processes, Path(folder) / "meeting-point", calm.is_calm(), messages, function, arguments),
@@ -96,7 +96,7 @@ def _work(
     torch.set_num_threads(threads)
     # accelerate reads these; gloo would otherwise talk over the network card.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=processes)
     progress = (lambda share, text: messages.put(("progress", (share, text)))) if rank == 0 else (lambda share, text: None)
     try:
@@ -128,6 +128,21 @@ def wait() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set for children that start meanwhile: bitsandbytes brings an OpenMP of its own, which asks nothing else for its threads."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
 
 
 def _die_with_parent() -> None:
