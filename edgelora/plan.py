@@ -36,7 +36,7 @@ def plan(recipe: recipes.Recipe) -> dict[str, Any]:
         "trained_parameters": trained,
         "total_parameters": total,
         "trained_share": trained / total,
-        "training": estimate.training(base.folder, recipe.train, lengths, recipe.threads or machine.cores()),
+        "training": estimate.training(base.folder, recipe.train, sum(lengths), lengths),
         "full_finetune_bytes": estimate.full_finetune_bytes(total),
         "available_memory_bytes": machine.available_memory_bytes(),
         "files": files,

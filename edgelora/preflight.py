@@ -82,7 +82,7 @@ def _memory(recipe: recipes.Recipe, base: models.Base, lengths: list[int]) -> No
 
     if load.device() == "cuda":
         return  # the driver knows better what is free, and says so before the first step
-    needed = estimate.peak_bytes(estimate.training(base.folder, recipe.train, lengths, recipe.threads or machine.cores()))
+    needed = estimate.peak_bytes(estimate.training(base.folder, recipe.train, sum(lengths), lengths))
     free = machine.available_memory_bytes()
     if needed > free:
         raise EdgeloraError(

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgelora import artifact, report
-from edgelora.train.finetune import _last_checkpoint, _remove_unfinished
+from edgelora.train.finetune import _last_checkpoint
 from edgelora.train.loop import mark_complete
 from tests.line import Done, Line, damaged, edgelora, finished_folders, kill, start, write_recipe
 
@@ -124,7 +124,6 @@ def test_only_whole_checkpoints_are_used(tmp_path: Path) -> None:
         if step != 100:  # killed before the mark
             mark_complete(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-12" / "optimizer.pt").unlink()  # killed while it was being deleted
-    _remove_unfinished(tmp_path)
     assert _last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-8"]
 

@@ -94,8 +94,16 @@ def load_recipe(recipe: Path, overrides: tuple[str, ...], out_dir: Path | None) 
 
 
 def calm_libraries() -> None:
-    """Hush third-party libraries, unless --debug asks for everything."""
-    from edgelora import calm
+    """Third-party progress bars and warnings off: stdout is the result, stderr is ours."""
+    import logging
+    import warnings
 
-    if not click.get_current_context().find_root().ensure_object(dict).get("debug"):
-        calm.calm_libraries()
+    if click.get_current_context().find_root().ensure_object(dict).get("debug"):
+        return
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch|accelerate|huggingface_hub)(\..*)?")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()

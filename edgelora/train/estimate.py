@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgelora import machine, models
+from edgelora import models
 from edgelora import recipe as recipes
 from edgelora.errors import ModelError
 from edgelora.train import load
@@ -17,51 +17,36 @@ from edgelora.train import load
 _FIXED_BYTES = {"cpu": 800e6, "cuda": 100e6}  # the libraries themselves
 _ACTIVATION_BYTES = {"cpu": 47.0, "cuda": 18.0}  # saved a token, layer and unit of hidden + intermediate size; the CPU allocator keeps more
 _MATMUL_EFFICIENCY = 0.5  # share of the probed matmul rate that element-wise work leaves
-_MEMORY_SHARE = 0.8  # of the machine, that processes sharing a step may fill
 _LAUNCH_S = {"cpu": 0.0, "cuda": 0.013}  # host time to launch one layer's kernels, forward and backward
 
 
-def training(folder: Path, train: recipes.Train, lengths: Sequence[int], threads: int) -> dict[str, float]:
-    """Predicted peak memory (bytes; `peak_rss_bytes` of all processes on a CPU, `peak_gpu_bytes` on a GPU) and time (seconds) of a run.
+def training(folder: Path, train: recipes.Train, tokens: int, lengths: Sequence[int]) -> dict[str, float]:
+    """Predicted peak memory (bytes; `peak_rss_bytes` on a CPU, `peak_gpu_bytes` on a GPU) and time (seconds) of a training run.
 
-    `lengths` are the token counts of the rows.
+    `lengths` are the token counts of the rows, `tokens` their sum.
     """
-    device = load.device()
-    together = processes(folder, train, max(lengths), threads)
-    memory = together * _memory(folder, train, train.batch // together * max(lengths))
-    # Forward and backward through frozen weights: 2 each a weight and token; their own gradients are not needed.
-    again = 3 / 2 if train.checkpointing else 1
-    rate = _matmul_rate(load.arithmetic(train.dtype)[0], threads) * _MATMUL_EFFICIENCY
-    compute = 4 * again * models.parameter_count(folder) * sum(lengths) * train.epochs / rate
-    launches = len(lengths) / train.batch * train.epochs * models.config(folder)["num_hidden_layers"] * _LAUNCH_S[device] * again
-    return {"peak_gpu_bytes" if device == "cuda" else "peak_rss_bytes": round(memory), "seconds": round(max(compute, launches), 1)}
-
-
-def processes(folder: Path, train: recipes.Train, longest: int, threads: int) -> int:
-    """How many processes share a step on a CPU: as many as there are threads, rows that divide evenly, and memory for each its own base.
-
-    Of the machine's whole memory, not of what is free now: the same machine trains the same way.
-    """
-    if load.device() == "cuda":
-        return 1
-    room = _MEMORY_SHARE * machine.memory_bytes()
-    fitting = (n for n in range(threads, 1, -1) if train.batch % n == 0 and n * _memory(folder, train, train.batch // n * longest) <= room)
-    return next(fitting, 1)
-
-
-def _memory(folder: Path, train: recipes.Train, tokens: int) -> float:
-    """Bytes that one process needs for a step of `tokens`, padding included."""
     config, device = models.config(folder), load.device()
     try:
         layers, hidden, inner = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
     except KeyError as error:
         raise ModelError(f"{folder.name}: its config.json names no {error.args[0]}", "choose a base of the llama kind") from None
+    total = models.parameter_count(folder)
     embedding = config["vocab_size"] * hidden
-    base = (models.parameter_count(folder) - embedding) * (0.55 if train.method == "qlora" else 2) + embedding * 2
+    base = (total - embedding) * (0.55 if train.method == "qlora" else 2) + embedding * 2
     adapter = adapter_parameters(folder, train) * 16  # fp32 weight, gradient and two Adam moments
-    activations = tokens * layers * (2 * hidden if train.checkpointing else _ACTIVATION_BYTES[device] * (hidden + inner))
-    logits = tokens * config["vocab_size"] * 4 * 3 / 2  # about half the tokens are answers; logits, softmax, gradient
-    return _FIXED_BYTES[device] + base * 1.3 + adapter + activations + logits
+    batch = train.batch * max(lengths)
+    activations = batch * layers * (2 * hidden if train.checkpointing else _ACTIVATION_BYTES[device] * (hidden + inner))
+    logits = batch * config["vocab_size"] * 4 * 3 / 2  # about half the tokens are answers; logits, softmax, gradient
+    # Forward and backward through frozen weights: 2 each a weight and token; their own gradients are not needed.
+    again = 3 / 2 if train.checkpointing else 1
+    compute = 4 * again * total * tokens * train.epochs / (_matmul_rate(load.arithmetic(train.dtype)[0]) * _MATMUL_EFFICIENCY)
+    launches = len(lengths) / train.batch * train.epochs * layers * _LAUNCH_S[device] * again
+    return {
+        "peak_gpu_bytes" if device == "cuda" else "peak_rss_bytes": round(
+            _FIXED_BYTES[device] + base * 1.3 + adapter + activations + logits
+        ),
+        "seconds": round(max(compute, launches), 1),
+    }
 
 
 def peak_bytes(figures: Mapping[str, float]) -> float:
@@ -85,18 +70,15 @@ def adapter_parameters(folder: Path, train: recipes.Train) -> int:
     return total
 
 
-def _matmul_rate(dtype: Any, threads: int) -> float:
+def _matmul_rate(dtype: Any) -> float:
     """FLOP/s of one square matrix product on this device, best of three."""
     import torch
 
     size = 8192 if load.device() == "cuda" else 1024
     a = torch.ones(size, size, dtype=dtype, device=load.device())
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     best = float("inf")
     for _ in range(4):
         started = time.perf_counter()
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - started)
-    torch.set_num_threads(before)
     return 2 * size**3 / best

@@ -14,7 +14,7 @@ from edgelora.artifact import Artifact
 from edgelora.data import chat
 from edgelora.data.split import Dataset
 from edgelora.errors import DataError, ModelError
-from edgelora.train import estimate, load, processes
+from edgelora.train import estimate, load
 
 Progress = Callable[[float, str], None]
 _CHECKPOINTS = "checkpoints"
@@ -37,7 +37,7 @@ def finetune(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: P
         out,
         "adapter",
         "adapter",
-        lambda folder: _in_processes(recipe, base, dataset, folder, progress),
+        lambda folder: _train(recipe, base, dataset, folder, progress),
         made_from={"base": base.key, "train": dataset.fingerprint("train"), "valid": dataset.fingerprint("valid")},
         recipe=section,
         versions=artifact.versions_of("torch", "transformers", "peft", "bitsandbytes", "accelerate"),
@@ -46,54 +46,39 @@ def finetune(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: P
     )
 
 
-def _in_processes(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Train with as many processes as serve, the estimate made before they compete for the machine."""
-    train = recipe.train
-    threads = recipe.threads or machine.cores()
-    tokenizer = models.open_tokenizer(base.folder)
-    rows = [ids for _, ids in chat.encode_all(tokenizer, dataset.train, train.max_tokens)]
-    valid = [ids for _, ids in chat.encode_all(tokenizer, dataset.selecting, train.max_tokens)]
-    if len(rows) < 2 or not valid:
-        raise DataError(f"nearly every row is longer than train.max_tokens = {train.max_tokens}", "raise train.max_tokens")
-    lengths = [len(row.ids) for row in rows]
-    predicted = estimate.training(base.folder, train, lengths, threads)
-    together = estimate.processes(base.folder, train, max(lengths), threads)
-    facts = processes.run(_train, together, threads, progress, recipe, base, rows, valid, folder)
-    notes = facts.pop("notes")
-    if left_out := len(dataset.train) - len(rows):
-        notes.append(f"{left_out} training rows longer than train.max_tokens = {train.max_tokens} left out")
-    return {**facts, "predicted": predicted, "notes": notes}
-
-
-def _train(
-    recipe: recipes.Recipe, base: models.Base, rows: list[chat.Encoded], valid: list[chat.Encoded], folder: Path, progress: Progress
-) -> dict[str, Any]:
-    """The work of one process; only the first one writes the adapter."""
+def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: Path, progress: Progress) -> dict[str, Any]:
     import torch
     from transformers import EarlyStoppingCallback, set_seed
 
     from edgelora.train import loop
 
     train = recipe.train
+    torch.set_num_threads(recipe.threads or machine.cores())
     dtype, note = load.arithmetic(train.dtype)
+    tokenizer = models.open_tokenizer(base.folder)
+    rows = [ids for _, ids in chat.encode_all(tokenizer, dataset.train, train.max_tokens)]
+    valid = [ids for _, ids in chat.encode_all(tokenizer, dataset.selecting, train.max_tokens)]
+    if len(rows) < 2 or not valid:
+        raise DataError(f"nearly every row is longer than train.max_tokens = {train.max_tokens}", "raise train.max_tokens")
+    notes = [note] if note else []
+    if left_out := len(dataset.train) - len(rows):
+        notes.append(f"{left_out} training rows longer than train.max_tokens = {train.max_tokens} left out")
     tokens = sum(len(row.ids) for row in rows)
+    predicted = estimate.training(base.folder, train, tokens, [len(r.ids) for r in rows])
+
     started = time.monotonic()
     set_seed(recipe.seed)
-    attention = load.attention(max(len(row.ids) for row in rows))
-    model = _with_adapter(load.load_base(base.folder, train.method, dtype, attention), train)
+    model = _with_adapter(load.load_base(base.folder, train.method, dtype, load.attention(max(len(row.ids) for row in rows))), train)
     watch = loop.Watch(progress)
     trainer = loop.AnswerTrainer(
         model=model,
         args=_arguments(recipe, folder / _CHECKPOINTS, dtype),
         train_dataset=loop.examples(rows),
         eval_dataset=loop.examples(valid),
-        data_collator=loop.Collator(models.open_tokenizer(base.folder).pad_token_id),
+        data_collator=loop.Collator(tokenizer.pad_token_id),
         callbacks=[watch, *([EarlyStoppingCallback(train.patience)] if train.patience else [])],
     )
     _quiet(trainer)
-    if processes.first():
-        _remove_unfinished(folder / _CHECKPOINTS)
-    processes.wait()
     resumed = _last_checkpoint(folder / _CHECKPOINTS)
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -102,11 +87,10 @@ def _train(
             raise ModelError(f"{base.name}: {name} holds values that are no numbers", "copy or download the base again") from error
         raise
     history = trainer.state.log_history
-    if processes.first():
-        model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names this machine's paths
-        models.tidy(folder, models.shown(recipe.base))
-        shutil.rmtree(folder / _CHECKPOINTS)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names this machine's paths
+    models.tidy(folder, models.shown(recipe.base))
+    shutil.rmtree(folder / _CHECKPOINTS)
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = models.parameter_count(base.folder)
@@ -127,13 +111,14 @@ def _train(
         "best_valid_loss": trainer.state.best_metric,
         "curve": [{"step": h["step"], "loss": h["loss"]} for h in history if "loss" in h],
         "valid_curve": [{"step": h["step"], "loss": h["eval_loss"]} for h in history if "eval_loss" in h],
+        "predicted": predicted,
         "measured": {
             "peak_rss_bytes": machine.peak_rss_bytes(),
             **({"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if load.device() == "cuda" else {}),
             **({} if resumed else {"seconds": seconds, "tokens_per_s": tokens * trainer.state.epoch / seconds}),
         },
         "full_finetune_bytes": estimate.full_finetune_bytes(total),
-        "notes": [note] if note else [],
+        "notes": notes,
     }
 
 
@@ -168,11 +153,10 @@ def _arguments(recipe: recipes.Recipe, folder: Path, dtype: Any) -> Any:
 
     train = recipe.train
     on_cpu = load.device() == "cpu"
-    rows = train.batch // processes.count()
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=rows,
-        per_device_eval_batch_size=rows,
+        per_device_train_batch_size=train.batch,
+        per_device_eval_batch_size=train.batch,
         gradient_accumulation_steps=train.accumulate,
         num_train_epochs=train.epochs,
         learning_rate=train.lr,
@@ -181,7 +165,6 @@ def _arguments(recipe: recipes.Recipe, folder: Path, dtype: Any) -> Any:
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=on_cpu,
-        ddp_find_unused_parameters=False,
         optim="adamw_torch" if on_cpu else "adamw_torch_fused",
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -209,17 +192,12 @@ def _quiet(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-
-
-def _remove_unfinished(folder: Path) -> None:
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; others are removed."""
     from edgelora.train.loop import is_complete
 
-    for unfinished in [p for p in _checkpoints(folder) if not is_complete(p)]:
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    for unfinished in [p for p in found if not is_complete(p)]:
         shutil.rmtree(unfinished)
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    complete = [p for p in found if p.exists()]
+    return complete[-1] if complete else None

@@ -12,7 +12,6 @@ from transformers import Trainer, TrainerCallback
 
 from edgelora.data.chat import Encoded
 from edgelora.errors import EdgeloraError
-from edgelora.train import processes
 
 COMPLETE = "complete"  # names the files of a checkpoint folder; written when all of them are there
 
@@ -47,50 +46,28 @@ def examples(rows: Sequence[Encoded]) -> list[dict[str, list[int]]]:
     ]
 
 
-def _sum_over_answers(model: Any) -> None:
-    """Let the forward of `model`, a causal language model, give the *sum* of the cross-entropy over labels, where it gets any.
+class AnswerTrainer(Trainer):
+    """Cross-entropy over answer tokens only, so that the vocabulary-wide logits of prompts and padding are never made.
 
-    The vocabulary-wide logits of prompts and padding are never made. It stays a forward, so that whatever wraps the
-    model (PEFT, autocast, DistributedDataParallel) sees every step.
+    The sum is divided by the trained tokens of the whole accumulated batch: 4 x 1 rows and 1 x 4 rows give the same
+    gradient, whatever their lengths.
     """
 
-    whole = model.forward
+    loss_is_scaled_for_ga = True
 
-    def forward(input_ids: Any, attention_mask: Any = None, labels: Any = None, **rest: Any) -> Any:
-        if labels is None:
-            return whole(input_ids=input_ids, attention_mask=attention_mask, **rest)
-        labels = labels[:, 1:]
-        hidden = model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        labels = inputs["labels"][:, 1:]
+        hidden = model.get_base_model().get_decoder()(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        )
         chosen = labels != -100
         logits = model.get_output_embeddings()(hidden.last_hidden_state[:, :-1][chosen]).float()
         cap = getattr(model.config, "final_logit_softcapping", None)
         if cap:
             logits = torch.tanh(logits / cap) * cap
-        return {"loss": torch.nn.functional.cross_entropy(logits, labels[chosen], reduction="sum")}
-
-    model.forward = forward
-
-
-class AnswerTrainer(Trainer):
-    """Cross-entropy over answer tokens only, of a PEFT model.
-
-    The sum is divided by the trained tokens of the whole accumulated batch of all processes: 4 x 1 rows and 1 x 4 rows
-    give the same gradient, whatever their lengths.
-    """
-
-    loss_is_scaled_for_ga = True
-
-    def __init__(self, model: Any, **settings: Any) -> None:
-        _sum_over_answers(model.get_base_model())
-        super().__init__(model=model, **settings)
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        total = model(**inputs)["loss"]
-        if num_items_in_batch is None:  # evaluation
-            loss = total / (inputs["labels"][:, 1:] != -100).sum()
-        else:  # gradients of several processes are averaged, not added
-            loss = total / num_items_in_batch * self.accelerator.num_processes
-        return (loss, {"logits": loss.new_zeros(1, 0)}) if return_outputs else loss
+        total = torch.nn.functional.cross_entropy(logits, labels[chosen], reduction="sum")
+        loss = total / (num_items_in_batch if num_items_in_batch is not None else chosen.sum())
+        return (loss, {"logits": logits[:0]}) if return_outputs else loss
 
 
 class NoNumber(EdgeloraError):
@@ -116,9 +93,7 @@ class Watch(TrainerCallback):
             self.progress(state.global_step / max(1, state.max_steps), f"step {state.global_step}/{state.max_steps}  loss {loss:.3f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        processes.wait()  # each writes a file of its own into it
-        if processes.first():
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def mark_complete(checkpoint: Path) -> None:
