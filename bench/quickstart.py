@@ -2,7 +2,7 @@
 
     python bench/quickstart.py                       one run into an empty folder
     python bench/quickstart.py --twice               a second run into another empty folder: same bytes?
-    python bench/quickstart.py --kill 10             then ten runs' worth of kill -9, and one that finishes
+    python bench/quickstart.py --kill 10             then ten times kill -9 at random moments of every stage, and one that finishes
 
 Writes results/<machine class>/<date>-<commit>-quickstart.json. Run it on an idle machine; the load before is recorded.
 """
@@ -116,27 +116,49 @@ def whole(out: Path) -> bool:
     return all(artifact.sha256(folder / name) == digest for folder in folders for name, digest in artifact.load(folder).files.items())
 
 
-def kills(out: Path, overrides: list[str], count: int, duration: float) -> dict[str, Any]:
-    """Kill `count` runs at random moments, checking after each; then let one finish."""
+def stages(out: Path) -> list[tuple[str, float]]:
+    """Every finished folder in the order they were made, without its key, and the seconds it took."""
+    folders = sorted((p for p in out.iterdir() if p.is_dir() and not p.name.startswith(".")), key=ended)
+    begins = [ended(folders[0]), *map(ended, folders)]  # the first stage's begin is not recorded: it is killed as it starts
+    return [(folder.name.rpartition("-")[0], ended(folder) - begin) for folder, begin in zip(folders, begins, strict=False)]
+
+
+def ended(folder: Path) -> float:
+    return (folder / artifact.MANIFEST).stat().st_mtime
+
+
+def kills(out: Path, overrides: list[str], count: int, first: Path) -> dict[str, Any]:
+    """Kill `count` runs, each at a random moment of the next stage of `first`, checking after each; then let one finish.
+
+    Stages that follow on a killed one are reached because the next round finishes it. More rounds than stages begin anew
+    with the longest.
+    """
     chance = random.Random(0)
+    known = stages(first)
+    longest = sorted(range(len(known)), key=lambda i: -known[i][1])
+    plan = sorted([*range(len(known)), *longest * count][:count])
     rounds = []
     before: dict[str, int] = {}
-    for _ in range(count):
+    for index in plan:
+        stage, seconds = known[index]
         process = subprocess.Popen(command(out, overrides), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        after_s = chance.uniform(2, 2 * duration / count + 10)
-        try:
-            process.wait(after_s)
-        except subprocess.TimeoutExpired:
-            for pid in reversed(group(process.pid)):
-                os.kill(pid, signal.SIGKILL)
-            process.wait()
+        while process.poll() is None and not (list(out.glob(f".{stage}-*.partial")) or list(out.glob(f"{stage}-*"))):
+            time.sleep(0.01)
+        after_s = chance.uniform(0, seconds)
+        time.sleep(after_s)
+        if process.poll() is not None:
+            sys.exit(f"the run ended before it was killed in {stage}")
+        for pid in reversed(group(process.pid)):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
         now = finished(out)
         rounds.append(
             {
+                "stage": stage,
                 "killed_after_s": round(after_s, 1),
                 "finished": sorted(now),
                 "kept": all(now.get(name) == inode for name, inode in before.items()),
-                "whole": whole(out) if out.exists() else True,
+                "whole": whole(out),
             }
         )
         before = now
@@ -174,7 +196,7 @@ def main() -> None:
             result["second_run"], _ = watched(command(second, options.set))
             result["same_bytes"] = shipped(first) == shipped(second)
         if options.kill:
-            result["kills"] = kills(Path(scratch) / "killed", options.set, options.kill, result["run"]["wall_s"])
+            result["kills"] = kills(Path(scratch) / "killed", options.set, options.kill, first)
             result["same_bytes_after_kills"] = shipped(first) == shipped(Path(scratch) / "killed")
     folder = options.results / result["machine"]["class"]
     folder.mkdir(parents=True, exist_ok=True)
