@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -200,6 +201,13 @@ def _finish(
         stream.flush()
         os.fsync(stream.fileno())
     work.rename(final)
+
+
+def find(out: Path, name: str) -> Path | None:
+    """The file or folder `name` inside a finished artifact below `out`, None when there is none."""
+    if not name or Path(name).name != name:
+        return None
+    return next((path for path in sorted(out.glob(f"*/{glob.escape(name)}")) if (path.parent / MANIFEST).is_file()), None)
 
 
 def _free_bytes(folder: Path) -> int:

@@ -31,6 +31,7 @@ from edgelora.runtime import Session, runtime
 
 Progress = Callable[[float, str], None]
 
+WORKLOAD = 1  # of the text, the order and the warm-up below: rows of another number did other work
 _WARM_UP_ROUNDS = 5  # at most
 _STABLE = 0.05  # two successive decode medians this near each other end the warm-up
 _SPREAD = 0.15  # between the decode medians of the repeats; above it a row is called noisy
@@ -189,6 +190,7 @@ def _row(rounds: Sequence[Round], index: int, size: int, bandwidth: float, crowd
     return {
         "prompt_tokens": timings[0].prompt_tokens,
         "decode_tokens": len(timings[0].decode_ms),
+        "workload": WORKLOAD,
         "load_ms": statistics.median(load),
         "ttft_ms": ttft_ms,
         "prefill_tok_per_s": 1000 * timings[0].prompt_tokens / ttft_ms,

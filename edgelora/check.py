@@ -1,97 +1,321 @@
-"""Budgets: limits on what was measured. A limit without a measurement fails too: nobody looked."""
+"""Budgets: limits on what was measured, and on how far it may move from a baseline.
+
+A limit without a measurement fails: nobody looked. A change that cannot be judged (no baseline, another machine, other
+work, too noisy) is a warning: never a pass, and never a red that nobody trusts. Sizes are exact. A change of speed
+counts only when it is larger than allowed *and* the samples differ by a test.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from edgelora import recipe as recipes
-from edgelora.errors import UsageError
+from edgelora import size as sizes
+from edgelora.errors import ModelError, UsageError
 
-# name -> (report section, key in its rows, is it a size in bytes, does more than the limit break it)
-LIMITS: dict[str, tuple[str, str, bool, bool]] = {
-    "size": ("files", "size_bytes", True, True),
-    "kl": ("files", "kl", False, True),
-    "top1": ("files", "top1", False, False),
-    "loss": ("losses", "after", False, True),
-    "change": ("losses", "change_high", False, True),
-    "accuracy": ("accuracy", "after", False, False),
-    "peak_rss": ("bench", "peak_rss_bytes", True, True),
-    "ttft_ms": ("bench", "ttft_ms", False, True),
-    "decode_tok_per_s": ("bench", "decode_tok_per_s", False, False),
+
+@dataclass(frozen=True)
+class Metric:
+    """Where a budget's figure stands in the report and what it takes to compare two of them."""
+
+    section: str
+    key: str
+    upper: bool  # more is worse
+    kind: str  # bytes, quality, memory or speed
+    mend: str  # what to do when it is broken
+    samples: str = ""  # speed: the name of its raw samples
+
+    @property
+    def is_bytes(self) -> bool:
+        return self.kind in ("bytes", "memory")
+
+
+_SMALLER = "take a smaller type (`edgelora export --type`), or raise the budget on purpose"
+_BETTER = "take a type of more bits or train longer, or loosen the budget on purpose"
+_FASTER = "take a smaller type, or loosen the budget on purpose"
+METRICS: dict[str, Metric] = {
+    "size": Metric("files", "size_bytes", True, "bytes", _SMALLER),
+    "kl": Metric("files", "kl", True, "quality", _BETTER),
+    "top1": Metric("files", "top1", False, "quality", _BETTER),
+    "loss": Metric("losses", "after", True, "quality", _BETTER),
+    "change": Metric("losses", "change_high", True, "quality", _BETTER),
+    "accuracy": Metric("accuracy", "after", False, "quality", _BETTER),
+    "peak_rss": Metric("bench", "peak_rss_bytes", True, "memory", _SMALLER),
+    "ttft_ms": Metric("bench", "ttft_ms", True, "speed", _FASTER, "ttft"),
+    "decode_tok_per_s": Metric("bench", "decode_tok_per_s", False, "speed", _FASTER, "decode"),
 }
+ALIASES = {"decode": "decode_tok_per_s", "ttft": "ttft_ms"}
 _LIMIT = re.compile(r"^\s*(<=|>=)?\s*(.+?)\s*$")
+_CHANGE = re.compile(r"^\s*([+-])\s*(\d+(?:\.\d+)?)\s*(%|kB|KB|MB|GB|KiB|MiB|GiB|B)\s*$")
+
+ALPHA = 0.01  # how often two equal sets of samples may be called different
+_ENUMERATED = 200_000  # ways to deal the samples; above it the normal approximation is exact enough
+_WORK = ("runtime", "threads", "prompt_tokens", "decode_tokens", "workload")  # two rows with other values did other work
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One demand: a `limit` on the figure, or how far it may get worse than the baseline: by a `share` of it or by `n_bytes`."""
+
+    name: str
+    text: str
+    limit: float | None = None
+    share: float | None = None
+    n_bytes: float | None = None
+
+    @property
+    def metric(self) -> Metric:
+        return METRICS[self.name]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One limit held against one row. `value` is None when nothing was measured, which is never a pass."""
+    """One budget held against one row. `ok` is None when it could not be judged; `why` says more about what is not ok."""
 
     what: str
     limit: str
-    value: float | None
-    ok: bool
+    value: str
+    ok: bool | None
+    why: str = ""
 
     def as_row(self) -> dict[str, Any]:
-        shown = "not measured" if self.value is None else _shown(self.value, self.limit)
-        return {"what": self.what, "limit": self.limit, "value": shown, "ok": self.ok}
+        return {"what": self.what, "limit": self.limit, "value": self.value, "ok": self.ok, **({"why": self.why} if self.why else {})}
 
 
-def parse(budgets: Mapping[str, Any]) -> dict[str, tuple[float, bool]]:
-    """name -> (limit, is it an upper one). UsageError lists every budget that cannot be read."""
-    limits, problems = {}, []
-    for name, text in budgets.items():
-        if name not in LIMITS:
-            problems.append(f"{name}: not a budget; known: {', '.join(LIMITS)}")
+def parse(budgets: Mapping[str, Any]) -> list[Budget]:
+    """Budgets as written in a recipe: a figure, text or a list of them for each name. UsageError lists all that cannot be read."""
+    found, problems = [], []
+    for written, value in budgets.items():
+        name = ALIASES.get(written, written)
+        if name not in METRICS:
+            problems.append(f"{written}: not a budget; known: {', '.join((*METRICS, *ALIASES))}")
             continue
-        _, _, is_size, upper = LIMITS[name]
-        match = _LIMIT.match(str(text))
-        sign, number = (match[1], match[2]) if match else (None, "")
-        try:
-            limit = float(recipes.size_bytes(int(number) if number.isdigit() else number)) if is_size else float(number)
-            if limit != limit:
-                raise ValueError(f"{text!r} is not a number")
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        if sign and (sign == "<=") != upper:
-            problems.append(f"{name}: {sign} would allow what a budget should stop; write {'<=' if upper else '>='}")
-        limits[name] = (limit, upper)
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                found.append(_budget(name, text))
+            except ValueError as error:
+                problems.append(f"{written}: {error}")
     if problems:
-        raise UsageError("budgets:\n" + "\n".join(f"  {p}" for p in problems), "for instance size: 130MB, kl: 0.3, decode_tok_per_s: 15")
-    return limits
+        raise UsageError(
+            "budgets:\n" + "\n".join(f"  {p}" for p in problems),
+            "for instance size: [130MB, +1%], kl: 0.3, decode_tok_per_s: 15, decode: -5%",
+        )
+    return found
 
 
-def check(document: Mapping[str, Any], budgets: Mapping[str, Any]) -> list[Verdict]:
-    """Hold every budget against every row of a report that it speaks of."""
+def _budget(name: str, value: Any) -> Budget:
+    metric, text = METRICS[name], str(value)
+    if change := _CHANGE.match(text):
+        sign, number, unit = change.groups()
+        if name == "change":
+            raise ValueError(f"{text!r}: it is a change already; give a limit, for instance -0.2")
+        if (sign == "+") != metric.upper:
+            raise ValueError(f"{text!r} allows what a budget should stop; write {'+' if metric.upper else '-'}{number}{unit}")
+        if unit == "%":
+            return Budget(name, text.strip(), share=float(number) / 100)
+        if not metric.is_bytes:
+            raise ValueError(f"{text!r}: it is no size; give a change in percent")
+        return Budget(name, text.strip(), n_bytes=float(recipes.size_bytes(f"{number}{unit}")))
+    match = _LIMIT.match(text)
+    sign, number = (match[1], match[2]) if match else (None, "")
+    if isinstance(value, bool):
+        raise ValueError(f"{text!r} is not a number")
+    limit = float(recipes.size_bytes(int(number) if number.isdigit() else number)) if metric.is_bytes else float(number)
+    if not math.isfinite(limit):
+        raise ValueError(f"{text!r} is not a number")
+    if sign and (sign == "<=") != metric.upper:
+        raise ValueError(f"{sign} would allow what a budget should stop; write {'<=' if metric.upper else '>='}")
+    return Budget(name, f"{'<=' if metric.upper else '>='} {number}", limit=limit)
+
+
+def check(
+    document: Mapping[str, Any],
+    budgets: Mapping[str, Any],
+    baseline: Mapping[str, Any] | None = None,
+    find: Callable[[str], Path | None] = lambda name: None,
+) -> list[Verdict]:
+    """Hold every budget against every row of a report that it speaks of.
+
+    `baseline` is one that `edgelora.baseline` made; `find` gives the path of an exported file by its name, where it is at
+    hand, so that a file that grew can be asked what grew.
+    """
     verdicts = []
-    for name, (limit, upper) in parse(budgets).items():
-        section, key, _, _ = LIMITS[name]
-        text = f"{'<=' if upper else '>='} {budgets[name] if not str(budgets[name]).strip().startswith(('<', '>')) else str(budgets[name]).strip()[2:].strip()}"
-        rows = list(document.get(section) or [])
+    for budget in parse(budgets):
+        rows = list(document.get(budget.metric.section) or [])
         if not rows:
-            verdicts.append(Verdict(f"{name}: no {section} in the report", text, None, False))
+            verdicts.append(Verdict(f"{budget.name}: no {budget.metric.section} in the report", budget.text, "not measured", False))
         for row in rows:
-            value = _number(row.get(key))
-            where = " on ".join(str(row[k]) for k in ("file", "set") if k in row)
-            held = value is not None and (value <= limit if upper else value >= limit)
-            verdicts.append(Verdict(f"{name} of {where}", text, value, held))
+            if budget.limit is not None:
+                verdicts.append(_limited(budget, row))
+            else:
+                verdicts.append(_compared(budget, row, document, baseline, find))
     return verdicts
 
 
 def broken(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    return [verdict for verdict in verdicts if not verdict.ok]
+    return [verdict for verdict in verdicts if verdict.ok is False]
 
 
-def _number(value: Any) -> float | None:
+def unjudged(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    return [verdict for verdict in verdicts if verdict.ok is None]
+
+
+# ---- limits ----
+
+
+def _limited(budget: Budget, row: Mapping[str, Any]) -> Verdict:
+    value, metric = figure(row.get(budget.metric.key)), budget.metric
+    limit = float(budget.limit or 0)
+    held = value is not None and (value <= limit if metric.upper else value >= limit)
+    why = "" if held or value is None else metric.mend
+    return Verdict(f"{budget.name} of {_where(row)}", budget.text, _shown(value, metric), held, why)
+
+
+# ---- changes ----
+
+
+def _compared(
+    budget: Budget,
+    row: Mapping[str, Any],
+    document: Mapping[str, Any],
+    baseline: Mapping[str, Any] | None,
+    find: Callable[[str], Path | None],
+) -> Verdict:
+    metric = budget.metric
+    what = f"{budget.name} of {_where(row)} against the baseline"
+    now = figure(row.get(metric.key))
+    if now is None:
+        return Verdict(what, budget.text, "not measured", False, "measure it again")
+
+    def warn(why: str) -> Verdict:
+        return Verdict(what, budget.text, _shown(now, metric), None, why)
+
+    if baseline is None:
+        return warn("there is no baseline; make one with `edgelora baseline update`")
+    before_row = _counterpart(row, baseline.get(metric.section) or [])
+    if before_row is None:
+        return warn("the baseline has no such row; `edgelora baseline update` takes it in")
+    before = figure(before_row.get(metric.key))
+    if before is None or before <= 0 or now <= 0:
+        return warn("one of the two figures is not above zero")
+    if why := _other_work(metric, row, before_row, document, baseline):
+        return warn(why)
+    since = f"since {baseline['commit']}" if baseline.get("commit") else "since the baseline"
+    worse_by = (now - before) if metric.upper else (before - now)
+    value = f"{now / before - 1:+.2%} {since} ({_shown(before, metric)} -> {_shown(now, metric)})"
+    allowed = budget.n_bytes if budget.n_bytes is not None else float(budget.share or 0) * before
+    if worse_by <= allowed:
+        return Verdict(what, budget.text, value, True)
+    if metric.kind == "speed":
+        if disturbed := [name for name, r in (("this run", row), ("the baseline", before_row)) if r.get("noisy")]:
+            return Verdict(what, budget.text, value, None, f"{' and '.join(disturbed)} was disturbed; measure on an idle machine")
+        ours, theirs = repeats(row, metric.samples), repeats(before_row, metric.samples)
+        chance = p_larger(ours, theirs)  # samples are milliseconds: worse is larger, for a rate too
+        if len(ours) < 2 or len(theirs) < 2 or 1 / math.comb(len(ours) + len(theirs), len(ours)) > ALPHA:
+            return Verdict(
+                what, budget.text, value, None, f"{len(theirs)} and {len(ours)} repeats are too few to tell; bench with 5 or more"
+            )
+        if chance > ALPHA:
+            return Verdict(what, budget.text, value, None, f"the samples do not differ (p = {chance:.2g}); measure again with more repeats")
+        return Verdict(what, budget.text, value, False, f"p = {chance:.2g} that this is chance; {metric.mend}")
+    grew = _grown(str(row.get("file", "")), before_row, find) if metric.kind == "bytes" else ""
+    return Verdict(what, budget.text, value, False, f"{grew}; {metric.mend}" if grew else metric.mend)
+
+
+def _counterpart(row: Mapping[str, Any], rows: Sequence[Any]) -> Mapping[str, Any] | None:
+    """The baseline's row of the same file, set and work; of the same file and set where the work differs."""
+    same = [r for r in rows if isinstance(r, Mapping) and all(r.get(k) == row.get(k) for k in ("file", "set"))]
+    return next((r for r in same if all(r.get(k) == row.get(k) for k in _WORK)), same[0] if same else None)
+
+
+def _other_work(
+    metric: Metric, row: Mapping[str, Any], before: Mapping[str, Any], document: Mapping[str, Any], baseline: Mapping[str, Any]
+) -> str:
+    """Why two figures must not be compared; empty when they may."""
+    if metric.kind == "bytes":
+        return ""
+    if metric.kind == "quality":
+        other = [k for k in ("rows", "tokens") if row.get(k) != before.get(k)]
+        return f"it was measured on other rows ({before.get(other[0])} {other[0]}, now {row.get(other[0])})" if other else ""
+    here, there = (str((d.get("machine") or {}).get("class")) for d in (document, baseline))
+    if here != there:
+        return f"the baseline is of another machine ({there}, this is {here})"
+    differ = [k for k in _WORK if row.get(k) != before.get(k)]
+    return f"it did other work ({differ[0]} {before.get(differ[0])}, now {row.get(differ[0])})" if differ else ""
+
+
+def _grown(name: str, before: Mapping[str, Any], find: Callable[[str], Path | None]) -> str:
+    """The three parts of a file that grew most, with their types; empty when one of the two is not at hand."""
+    path, known = find(name), before.get("parts")
+    if path is None or not isinstance(known, Mapping):
+        return ""
+    try:
+        parts = sizes.read(path).parts
+    except ModelError:
+        return ""
+    old = {str(n): pair for n, pair in known.items() if isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[1], int)}
+    new = {p.name: (p.type, p.n_bytes) for p in parts}
+    moved = sizes.changes({n: int(pair[1]) for n, pair in old.items()}, {n: pair[1] for n, pair in new.items()})
+    lines = []
+    for part, (a, b) in [item for item in moved.items() if item[1][1] > item[1][0]][:3]:
+        types = f", {old[part][0]} -> {new[part][0]}" if part in old and old[part][0] != new[part][0] else "" if part in old else ", new"
+        lines.append(f"{part} {b - a:+,} bytes{types}")
+    return f"grew: {'; '.join(lines)}" if lines else ""
+
+
+def repeats(row: Mapping[str, Any], samples: str) -> list[float]:
+    """One figure a repeat, in ms: the median of its tokens. Tokens of one repeat share its luck, so they are not samples of their own."""
+    found = row.get("samples_ms") or {}
+    values = [float(v) for v in found.get(samples) or [] if figure(v) is not None]
+    count = len(found.get("ttft") or [])
+    if not count or len(values) < count:
+        return []
+    each = len(values) // count
+    return [statistics.median(values[i * each : (i + 1) * each]) for i in range(count)]
+
+
+def p_larger(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How likely samples as large as `ours` are when both come from one source: the one-sided rank-sum test.
+
+    Exact for small samples, whatever the ties; ranks, because latencies have long tails (Mann and Whitney 1947).
+    """
+    n, m = len(ours), len(theirs)
+    if not n or not m:
+        return 1.0
+    pooled = sorted([*ours, *theirs])
+    rank = {value: (2 * pooled.index(value) + pooled.count(value) + 1) / 2 for value in set(pooled)}
+    ranks = [rank[value] for value in pooled]
+    ours_sum = sum(rank[value] for value in ours)
+    if math.comb(n + m, n) <= _ENUMERATED:
+        sums = [sum(chosen) for chosen in combinations(ranks, n)]
+        return sum(s >= ours_sum - 1e-9 for s in sums) / len(sums)
+    mean = n * (n + m + 1) / 2
+    ties = sum(pooled.count(v) ** 3 - pooled.count(v) for v in set(pooled))
+    variance = n * m / 12 * ((n + m + 1) - ties / ((n + m) * (n + m - 1)))
+    return 1.0 if variance <= 0 else 0.5 * math.erfc((ours_sum - mean - 0.5) / math.sqrt(2 * variance))
+
+
+def figure(value: Any) -> float | None:
+    """A measured number, None for anything else: missing, text, NaN, infinite."""
     if isinstance(value, Mapping):
         value = value.get("loss")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
 
 
-def _shown(value: float, limit: str) -> str:
-    return f"{value / 1e6:.1f} MB" if limit.rstrip().endswith("B") else f"{value:.4g}"
+def _where(row: Mapping[str, Any]) -> str:
+    return " on ".join(str(row[k]) for k in ("file", "set") if k in row)
+
+
+def _shown(value: float | None, metric: Metric) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value / 1e6:.1f} MB" if metric.is_bytes else f"{value:.4g}"

@@ -81,7 +81,7 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
     timed = bench(recipe, [after for _, after in pairs], out, lambda share, text: progress("bench", share, text))
     progress("report", 0.0, "writing the report")
     document = collect(recipe, base, dataset, adapter, merged, [after for _, after in pairs], judged, timed)
-    verdicts = check.check(document, recipe.budgets)
+    verdicts = check.check(document, recipe.budgets, find=lambda name: artifact.find(out, name))
     document["checks"] = [verdict.as_row() for verdict in verdicts]
     files = reports.write(document, out)
     return Result(out, files["html"], tuple(exports.exported_path(after) for _, after in pairs), tuple(verdicts), document)

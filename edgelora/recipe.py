@@ -128,6 +128,24 @@ def locate(path: Path) -> Path:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply ``key.sub=value`` overrides; RecipeError lists every problem found."""
+    values = _read(path)
+    for item in overrides:
+        _set(values, item, *_override(item))
+    values.setdefault("name", path.stem)
+    return parse(values, folder=path.parent, source=str(path))
+
+
+def load_budgets(path: Path) -> dict[str, Any]:
+    """The budgets of a YAML file that holds them alone, or under `budgets:` as a recipe does. RecipeError when it is neither."""
+    values = _read(path)
+    budgets = values.get("budgets", values if "base" not in values else {})
+    if not isinstance(budgets, dict) or not budgets:
+        raise RecipeError(f"{path} names no budgets", "for instance `size: 130MB` on a line of its own")
+    return {str(name): value for name, value in budgets.items()}
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    """The mapping in a small YAML file."""
     import yaml
 
     try:
@@ -140,17 +158,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}", _neighbours(path)) from error
     try:
         values = yaml.load(text, Loader=_plain_loader())
-        settings = [(item, *_override(item)) for item in overrides]
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(
             f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}", "check the indentation and quotes at that line"
         ) from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no settings", "start from a recipe that `edgelora init` writes")
-    for item, keys, value in settings:
-        _set(values, item, keys, value)
-    values.setdefault("name", path.stem)
-    return parse(values, folder=path.parent, source=str(path))
+    return values
 
 
 def parse(values: Mapping[str, Any], *, folder: Path = Path(), source: str = "the recipe") -> Recipe:
@@ -296,7 +310,10 @@ def _override(item: str) -> tuple[list[str], Any]:
     key, sign, text = item.partition("=")
     if not sign or not key:
         raise RecipeError(f"--set {item!r} is not KEY=VALUE", "for instance --set train.lr=2e-4")
-    return key.split("."), yaml.load(text, Loader=_plain_loader())
+    try:
+        return key.split("."), yaml.load(text, Loader=_plain_loader())
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"--set {item!r} is not valid YAML: {' '.join(str(error).split())[:300]}", "quote the value") from error
 
 
 def _set(values: Any, item: str, keys: list[str], value: Any) -> None:

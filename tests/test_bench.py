@@ -17,7 +17,18 @@ from edgelora.recipe import Bench
 from tests.tiny_models import tiny_model
 
 KEYS = {
-    *("file", "runtime", "runtime_version", "threads", "prompt_tokens", "decode_tokens", "load_ms", "ttft_ms", "prefill_tok_per_s"),
+    *(
+        "file",
+        "runtime",
+        "runtime_version",
+        "threads",
+        "prompt_tokens",
+        "decode_tokens",
+        "workload",
+        "load_ms",
+        "ttft_ms",
+        "prefill_tok_per_s",
+    ),
     *("decode_tok_per_s", "peak_rss_bytes", "cpu_s_per_token", "size_bytes", "load_average", "bandwidth_gb_per_s", "bandwidth_share"),
     *("samples_ms", "noisy", "noisy_why"),
 }

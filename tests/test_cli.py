@@ -10,11 +10,10 @@ from pathlib import Path
 import click
 import pytest
 
-from edgelora.cli import cli
 from tests import reference
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = list(cli.commands)
+COMMANDS = list(reference.commands())
 
 
 def edgelora(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -38,7 +37,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str) -> None:
-    command = cli.commands[name]
+    command = reference.commands()[name]
     assert "Example:  edgelora " + name in (command.help or "").replace("\b\n", "")
     options = {option for p in command.params if isinstance(p, click.Option) for option in p.opts}
     assert {"--json", "--quiet", "--debug"} <= options
@@ -67,7 +66,9 @@ def test_the_readme_has_the_current_reference() -> None:
         (["bench", "none.gguf", "--prompt-tokens", "a"], 2, "error: --prompt-tokens 'a' are not counts above 0\n"),
         (["predict", "none.gguf", "none.csv", "-o", "out.csv"], 3, "error: data file not found: none.csv\n"),
         (["report", "none"], 3, "error: "),
-        (["check", "none"], 3, "error: "),
+        (["check", "none"], 3, "error: model not found: none\n"),
+        (["check", "none", "--baseline", "b"], 2, "error: there is no baseline at b\n"),
+        (["baseline", "update", "none"], 3, "error: model not found: none\n"),
         (["init", "none.csv"], 3, "error: data file not found: none.csv\n"),
         (["merge", "none", "--recipe", "quickstart"], 3, "error: none is not an edgelora artifact"),
     ],

@@ -28,7 +28,7 @@ def cli() -> None:
 for _command in (
     *(make.init, make.run, make.finetune, make.merge, make.export),
     *(use.evaluate, use.predict, use.chat, use.bench),
-    *(size.size, judge.report, judge.check, judge.doctor),
+    *(size.size, judge.report, judge.check, judge.baseline, judge.doctor),
 ):
     cli.add_command(_command)
 

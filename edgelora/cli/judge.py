@@ -1,12 +1,14 @@
-"""Commands that judge: report, check, doctor."""
+"""Commands that judge: report, check, baseline, doctor."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from edgelora import artifact
 from edgelora.cli.output import PATH, Output, command, load_recipe
 from edgelora.errors import CheckFailed, UsageError
 
@@ -33,35 +35,101 @@ def report(echo: Output, runs: tuple[Path, ...], output: Path | None) -> None:
 
 
 @click.command()
-@click.argument("run", type=PATH)
-@click.option("--recipe", "recipe", type=PATH, help="Take the budgets of this recipe; default those the run was made with.")
-@click.option("--budget", "budgets", multiple=True, metavar="NAME=LIMIT", help="A budget, e.g. size=130MB. Repeatable.")
+@click.argument("artifacts", type=PATH, nargs=-1, required=True)
+@click.option("--recipe", "recipe", type=PATH, help="Take the budgets of this recipe; default those a run was made with.")
+@click.option("--budgets", "file", type=PATH, help="Take the budgets of this YAML file.")
+@click.option("--budget", "budgets", multiple=True, metavar="NAME=LIMIT", help="A budget, e.g. size=130MB or size=+1%. Repeatable.")
+@click.option("--baseline", type=PATH, help="A baseline, or a folder of them; default ./baselines where it exists.")
 @command
-def check(echo: Output, run: Path, recipe: Path | None, budgets: tuple[str, ...]) -> None:
-    """Hold a run's report against budgets; exit code 1 when one is broken.
+def check(
+    echo: Output, artifacts: tuple[Path, ...], recipe: Path | None, file: Path | None, budgets: tuple[str, ...], baseline: Path | None
+) -> None:
+    """Hold runs, reports or model files against budgets; exit code 1 when one is broken.
+
+    A budget is a limit (size=130MB, kl=0.3, decode_tok_per_s=15) or a change against a baseline (size=+1%, decode=-5%).
+    What cannot be judged is a warning, never a pass.
 
     \b
     Example:  edgelora check runs/quickstart --budget size=130MB --budget kl=0.3
     """
+    from edgelora import baseline as baselines
     from edgelora import check as checks
-    from edgelora import report as reports
 
-    document = reports.read(run)
+    named = _budgets(recipe, file, budgets)
+    if baseline is not None and not baseline.exists():
+        raise UsageError(f"there is no baseline at {baseline}", "make one: edgelora baseline update RUN")
+    verdicts = []
+    for path in artifacts:
+        document, find = _measured(path)
+        limits = named or dict((document.get("recipe") or {}).get("budgets") or {})
+        if not limits:
+            raise UsageError(f"{path} was made without budgets", "name some: --budget size=130MB")
+        known = baselines.read(baseline or baselines.FOLDER, (document.get("machine") or {}).get("class"))
+        verdicts += checks.check(document, limits, known, find)
+    marks = {True: "ok    ", False: "BROKEN", None: "?     "}
+    lines = [f"{marks[v.ok]}  {v.what}: {v.value} (limit {v.limit})" + (f"\n        {v.why}" if v.why else "") for v in verdicts]
+    echo.result([verdict.as_row() for verdict in verdicts], *lines)
+    if warned := checks.unjudged(verdicts):
+        click.echo(f"warning: {len(warned)} of {len(verdicts)} budgets could not be judged", err=True)
+    if failed := checks.broken(verdicts):
+        raise CheckFailed(f"{len(failed)} of {len(verdicts)} budgets broken", "shrink what grew, or raise the limit on purpose")
+
+
+def _budgets(recipe: Path | None, file: Path | None, named: tuple[str, ...]) -> dict[str, Any]:
+    """Those named on the command line, else those of a file; empty when none is given."""
+    from edgelora import recipe as recipes
+
     limits: dict[str, Any] = {}
-    for item in budgets:
+    for item in named:
         name, sign, limit = item.partition("=")
         if not sign:
             raise UsageError(f"--budget {item!r} is not NAME=LIMIT", "for instance --budget size=130MB")
-        limits[name] = limit
-    if not limits:
-        limits = dict(load_recipe(recipe, (), None).budgets if recipe else (document.get("recipe") or {}).get("budgets") or {})
-    if not limits:
-        raise UsageError(f"{run} was made without budgets", "name some: --budget size=130MB")
-    verdicts = checks.check(document, limits)
-    rows = [verdict.as_row() for verdict in verdicts]
-    echo.result(rows, *(f"{'ok    ' if row['ok'] else 'BROKEN'}  {row['what']}: {row['value']} (limit {row['limit']})" for row in rows))
-    if failed := checks.broken(verdicts):
-        raise CheckFailed(f"{len(failed)} of {len(verdicts)} budgets broken", "shrink what grew, or raise the limit on purpose")
+        limits.setdefault(name, []).append(limit)
+    if limits:
+        return limits
+    if file is not None:
+        return recipes.load_budgets(file)
+    return dict(load_recipe(recipe, (), None).budgets) if recipe else {}
+
+
+def _measured(path: Path) -> tuple[dict[str, Any], Callable[[str], Path | None]]:
+    """The report of a run, or of a model file what can be said without running it: its size."""
+    from edgelora import report as reports
+    from edgelora import size as sizes
+
+    if path.suffix == ".json" or (path / "report.json").is_file():
+        run = path if path.is_dir() else path.parent
+        return reports.read(path), lambda name: artifact.find(run, name)
+    if path.is_dir() and not any(sizes.READERS.get(p.suffix) for p in path.iterdir()):
+        return reports.read(path), lambda name: None  # says that there is no report
+    found = sizes.read(path)
+    return {"name": path.name, "files": [{"file": found.name, "size_bytes": found.size_bytes}]}, lambda name: path
+
+
+@click.group()
+def baseline() -> None:
+    """What later runs are compared with: one small JSON file a machine class, to be committed."""
+
+
+@baseline.command()
+@click.argument("run", type=PATH)
+@click.option("-o", "--output", type=PATH, help="Folder of the baselines; default ./baselines.")
+@command
+def update(echo: Output, run: Path, output: Path | None) -> None:
+    """Make a run, a report or a model file the baseline of this machine's class.
+
+    \b
+    Example:  edgelora baseline update runs/quickstart
+    """
+    from edgelora import baseline as baselines
+
+    document, find = _measured(run)
+    if "machine" not in document:
+        from edgelora import machine
+
+        document = {**document, "machine": machine.describe()}
+    path = baselines.write(baselines.make(document, find), output or baselines.FOLDER)
+    echo.result({"baseline": str(path)}, f"wrote {path}; commit it, and `edgelora check` compares with it")
 
 
 @click.command()

@@ -85,8 +85,7 @@ def run(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None
     )
     if failed := broken(result.verdicts):
         raise CheckFailed(
-            f"{len(failed)} of {len(result.verdicts)} budgets broken: "
-            + "; ".join(f"{v.what}: {v.as_row()['value']}, limit {v.limit}" for v in failed)
+            f"{len(failed)} of {len(result.verdicts)} budgets broken: " + "; ".join(f"{v.what}: {v.value}, limit {v.limit}" for v in failed)
         )
 
 

@@ -118,7 +118,7 @@ REPORT: dict[str, Any] = {
             "noisy_why": str,
         }
     ],
-    "checks": [{"what": str, "limit": str, "value": str, "ok": bool}],
+    "checks": [{"what": str, "limit": str, "value": str, "ok": bool, "why": str}],  # ok null: could not be judged
     "commands": [str],
     "notes": [str],
 }

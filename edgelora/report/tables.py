@@ -184,6 +184,7 @@ def checks(doc: Row) -> Table:
             Column("Check", text("what"), numeric=False),
             Column("Limit", text("limit")),
             Column("Measured", text("value")),
+            Column("Why", text("why"), numeric=False),
         ],
     )
 
