@@ -8,11 +8,12 @@ the model as it was trained. Never merged: into the 4-bit weights themselves, wh
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelora import artifact, evaluate, machine, models
+from edgelora import artifact, evaluate, machine, models, weights
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data import chat
@@ -71,14 +72,25 @@ def _merge(
         candidates.append({"base": name, **evaluate.divergence_summary(evaluate.divergence(trained, merged, rows))})
     kept = min(candidates, key=lambda c: c["loss"])
     progress(1 - 1 / (len(wanted) + 2), f"writing the {kept['base']} merge")
-    model = dense(base.folder, adapter.path, str(kept["base"])).to(torch.bfloat16)
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(folder)
+    weights.write(weights.Merged(base.folder, adapter.path, str(kept["base"])), folder, lambda share, name: None)
+    _describe(base.folder, folder)
     tokenizer.chat_template = chat.with_system(tokenizer.chat_template, recipe.data.system)
     tokenizer.save_pretrained(folder)
     models.tidy(folder, models.shown(recipe.base))
     labels = {"labels": list(dataset.labels)} if recipe.data.task == "classify" else {}
     return {"kept": kept["base"], "why": _why(kept, candidates), "candidates": candidates, "base": base.name, **labels}
+
+
+def _describe(base: Path, folder: Path) -> None:
+    """The base's config.json and generation_config.json beside weights in bf16."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    if (base / "generation_config.json").is_file():
+        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
 
 
 def dense(base: Path, adapter: Path, into: str) -> Any:

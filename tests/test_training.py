@@ -65,7 +65,8 @@ def test_the_kept_merge_is_the_better_one_in_bf16(finished: Line, tiny_base: Pat
     from safetensors.torch import load_file as load_torch
 
     for name, weight in load_torch(model / "model.safetensors").items():
-        assert torch.equal(weight, expected[name]), name
+        assert weight.dtype == torch.bfloat16
+        torch.testing.assert_close(weight, expected[name], rtol=2**-7, atol=1e-6, msg=name)  # PEFT adds up in another order: one bit
     assert (model / "tokenizer.json").read_bytes() == (tiny_base / "tokenizer.json").read_bytes()
 
 

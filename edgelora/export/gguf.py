@@ -13,21 +13,22 @@ import math
 import os
 import re
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType
 
+from edgelora import machine
 from edgelora.errors import ModelError
 from edgelora.export import architectures, gguf_tokenizer
 from edgelora.quant import ggml, gguf_types
-
-if TYPE_CHECKING:
-    import torch
+from edgelora.weights import Checkpoint, ranges
 
 DEFAULT_TYPE = "q4_k_m"
 TYPES = {name: kind.about for name, kind in gguf_types.FILE_TYPES.items()}
@@ -37,8 +38,7 @@ REQUIRES = ("gguf", "llama_cpp")
 Importance = Mapping[str, np.ndarray]
 
 _ALIGNMENT = 32
-_VALUES_AT_ONCE = 1 << 22
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
+_RANGES_WAITING = 8  # of one tensor, quantized ahead of what is written
 
 
 def predict_bytes(model: Path, type: str, name: str = "", importance: Importance | None = None) -> int:
@@ -68,12 +68,12 @@ def write(
     total = sum(tensor.bytes for tensor in layout.tensors)
     done = 0
     try:
-        with partial.open("wb") as stream:
+        with partial.open("wb") as stream, ThreadPoolExecutor(machine.cores()) as pool:
             stream.write(layout.header)
             stream.write(bytes(layout.data_start - len(layout.header)))
             for tensor in layout.tensors:
                 progress(done / total, tensor.name)
-                for block in _packed(tensor, layout, importance):
+                for block in _packed(tensor, layout, importance, pool):
                     stream.write(block)
                 stream.write(bytes(_padded(tensor.bytes) - tensor.bytes))
                 done += tensor.bytes
@@ -110,7 +110,7 @@ class _Layout:
 
     metadata: Mapping[str, Any]
     tensors: tuple[_Tensor, ...]
-    checkpoint: _Checkpoint
+    checkpoint: Checkpoint
     config: Any
 
     @classmethod
@@ -118,7 +118,7 @@ class _Layout:
         file_type = gguf_types.file_type(type)
         config = _config(model)
         architecture = architectures.of(config.model_type)
-        checkpoint = _Checkpoint.open(model)
+        checkpoint = Checkpoint(model)
         sources = _matched(architecture.tensors(config), checkpoint, config)
         vectors = architecture.vectors(config)
         shapes = {key: checkpoint.shapes[source.name] for key, source in sources.items()} | {key: v.shape for key, v in vectors.items()}
@@ -190,93 +190,53 @@ def _scalar(value: Any, kind: GGUFValueType) -> bytes:
 # ---- weights ----
 
 
-def _packed(tensor: _Tensor, layout: _Layout, importance: Importance | None) -> Iterator[bytes]:
-    """The tensor's bytes, a range of rows at a time."""
+def _packed(tensor: _Tensor, layout: _Layout, importance: Importance | None, pool: ThreadPoolExecutor) -> Iterator[bytes]:
+    """The tensor's bytes, a range of rows at a time: quantized in `pool`, which releases Python's lock, and given in order.
+
+    The ranges depend on the shape alone, so the bytes are the same for any number of threads; only a few wait at a time.
+    """
     if tensor.source is None:
         yield np.asarray(tensor.values, dtype="<f4").tobytes()
         return
-    weight = layout.checkpoint.tensor(tensor.source.name)
-    if tensor.source.change is not None:
-        try:
-            weight = tensor.source.change(weight, layout.config)
-        except RuntimeError as error:
-            raise ModelError(
-                f"{tensor.source.name} of shape {tensor.shape} does not fit config.json: {error}", "copy the model again"
-            ) from error
-    weight = weight.reshape(-1, tensor.shape[-1])
-    rows = max(1, _VALUES_AT_ONCE // tensor.shape[-1])
-    for first in range(0, weight.shape[0], rows):
-        values = weight[first : first + rows].float().numpy()
-        if not np.isfinite(values).all():
-            raise ModelError(
-                f"{tensor.source.name} holds NaN or infinite weights", "the training diverged: lower the learning rate and train again"
-            )
-        if tensor.type == GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
-            raise ModelError(f"{tensor.source.name} holds {np.abs(values).max():.3g}, more than f16 can", "choose bf16 or f32")
-        try:
-            yield ggml.quantize(values, tensor.type, (importance or {}).get(tensor.name)).tobytes()
-        except ModelError as error:
-            raise ModelError(f"{tensor.source.name}: {error.message}", error.hint) from error
+    source, weights = tensor.source, (importance or {}).get(tensor.name)
+    whole = _changed(tensor, source, layout) if source.change is not None else None
+
+    def pack(first: int, last: int) -> bytes:
+        values = layout.checkpoint.rows(source.name, first, last) if whole is None else whole[first:last]
+        return _quantized(values, tensor.type, source.name, weights)
+
+    waiting: deque[Future[bytes]] = deque()
+    for first, last in ranges(tensor.shape):
+        waiting.append(pool.submit(pack, first, last))
+        if len(waiting) > _RANGES_WAITING:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """The safetensors files of a folder: where every tensor lies and its shape, read from the headers."""
+def _changed(tensor: _Tensor, source: architectures.Source, layout: _Layout) -> np.ndarray:
+    """The whole tensor after its change, float32: only queries, keys and norms have one, and they are small."""
+    import torch
 
-    files: Mapping[str, Path]
-    shapes: Mapping[str, tuple[int, ...]]
-
-    @classmethod
-    def open(cls, model: Path) -> _Checkpoint:
-        files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path, names in _shards(model).items():
-            with _opened(path, "np") as shard:
-                found = list(shard.keys())
-                for name in found if names is None else names:
-                    if name not in found:
-                        raise ModelError(f"{path} lacks the tensor {name} that the index promises", "copy the model again")
-                    part = shard.get_slice(name)
-                    if part.get_dtype() not in _FLOAT_DTYPES:
-                        raise ModelError(
-                            f"{name} is stored as {part.get_dtype()}",
-                            "export needs 16- or 32-bit weights: merge or dequantize the model first",
-                        )
-                    files[name], shapes[name] = path, tuple(part.get_shape())
-        return cls(files, shapes)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        with _opened(self.files[name], "pt") as shard:
-            return shard.get_tensor(name)
-
-
-def _shards(model: Path) -> dict[Path, list[str] | None]:
-    """Each safetensors file and the tensors wanted from it (None: all)."""
-    index = model / "model.safetensors.index.json"
-    if not index.exists():
-        return {model / "model.safetensors": None}
-    shards: dict[Path, list[str] | None] = {}
+    assert source.change is not None
+    stored = layout.checkpoint.rows(source.name).reshape(layout.checkpoint.shapes[source.name])
     try:
-        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            if Path(file).name != file:
-                raise ModelError(f"{index} names {file!r}, which is not a file of its folder", "do not use this model")
-            names = shards.setdefault(model / file, [])
-            if names is not None:
-                names.append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is damaged: {error}", "copy the model again") from error
-    return shards
+        weight = source.change(torch.from_numpy(stored), layout.config)
+    except RuntimeError as error:
+        raise ModelError(f"{source.name} of shape {tensor.shape} does not fit config.json: {error}", "copy the model again") from error
+    return np.asarray(weight.reshape(-1, tensor.shape[-1]).float().numpy())
 
 
-def _opened(path: Path, framework: str) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        raise ModelError(f"{path} is missing", "copy the model again: weights are read from safetensors files only")
+def _quantized(values: np.ndarray, type: GGMLQuantizationType, name: str, importance: np.ndarray | None) -> bytes:
+    lowest, highest = values.min(), values.max()  # NaN if any value is
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        raise ModelError(f"{name} holds NaN or infinite weights", "the training diverged: lower the learning rate and train again")
+    if type == GGMLQuantizationType.F16 and max(-lowest, highest) > np.finfo(np.float16).max:
+        raise ModelError(f"{name} holds {max(-lowest, highest):.3g}, more than f16 can", "choose bf16 or f32")
     try:
-        return safe_open(path, framework=framework)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged: {error}", "copy the model again") from error
+        return ggml.quantize(values, type, importance).tobytes()
+    except ModelError as error:
+        raise ModelError(f"{name}: {error.message}", error.hint) from error
 
 
 def _config(model: Path) -> Any:
@@ -294,7 +254,7 @@ def _config(model: Path) -> Any:
         raise ModelError(f"cannot read {path}: {error}", "name a folder that save_pretrained wrote") from error
 
 
-def _matched(wanted: Mapping[str, architectures.Source], checkpoint: _Checkpoint, config: Any) -> dict[str, architectures.Source]:
+def _matched(wanted: Mapping[str, architectures.Source], checkpoint: Checkpoint, config: Any) -> dict[str, architectures.Source]:
     """The tensors to write; every tensor of the checkpoint must be among them."""
     found = {key: source for key, source in wanted.items() if source.name in checkpoint.shapes or not source.optional}
     missing = [source.name for source in found.values() if source.name not in checkpoint.shapes]

@@ -1,0 +1,281 @@
+"""The weights of a model, read from safetensors a range of rows at a time: as they are stored, or with an adapter added on the way.
+
+So a model is never in memory as a whole. A tensor is seen as a matrix (-1, last dimension); a vector is one row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelora.errors import ModelError
+
+VALUES_AT_ONCE = 1 << 20  # values of one range: 4 MiB in float32
+_TYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}  # numpy has no bfloat16: read as its bits
+_SHARD_BYTES = 4 << 30
+_BLOCK = 64  # of NF4, bitsandbytes' default
+_LINEAR = re.compile(r".*\.layers\.\d+\..*_proj\.weight")  # what training holds in 4 bits: not the embedding, not the head
+_LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: `offset` in bytes from the beginning of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Values [start, stop) in the stored order, float32."""
+        stored = _TYPES[self.dtype]
+        found = np.fromfile(self.file, stored, stop - start, offset=self.offset + start * stored.itemsize)
+        if len(found) != stop - start:
+            raise ModelError(f"{self.file} ends too early", "copy the model again")
+        if self.dtype != "BF16":
+            return found.astype(np.float32, copy=False)
+        values = np.empty(len(found), np.float32)
+        np.left_shift(found, np.uint32(16), out=values.view(np.uint32), dtype=np.uint32)
+        return values
+
+
+class Checkpoint:
+    """The safetensors files of `folder`. Headers are read at once; `rows` may be called from several threads.
+
+    Raises ModelError for files that are missing or damaged and for weights that are not 16- or 32-bit floats.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._places: dict[str, _Place] = {}
+        for file, names in _shards(folder).items():
+            found = _places(file)
+            for name in found if names is None else names:
+                if name not in found:
+                    raise ModelError(f"{file} lacks the tensor {name} that the index promises", "copy the model again")
+                self._places[name] = found[name]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: place.shape for name, place in self._places.items()}
+
+    def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Rows [first, last) of a tensor, float32, shape (rows, columns)."""
+        shape = self._places[name].shape
+        columns = shape[-1]
+        end = math.prod(shape[:-1]) if last is None else last
+        return self._values(name, first * columns, end * columns).reshape(-1, columns)
+
+    def _values(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self._places[name].read(start, stop)
+
+
+class Merged(Checkpoint):
+    """W' = W + (alpha / r) B A, with W the base's own weights (`into` "16bit") or their NF4 form written out ("nf4").
+
+    `adapter` is a folder in PEFT's format. Raises ModelError for one that holds anything but plain LoRA on matrices
+    of this base.
+    """
+
+    def __init__(self, folder: Path, adapter: Path, into: str) -> None:
+        super().__init__(folder)
+        self._into = into
+        self._low_rank = _low_rank(adapter, self.shapes)
+        self._lock = threading.Lock()
+        self._rounded: tuple[str, _Nf4] | None = None  # of one tensor: ranges are asked for tensor by tensor
+
+    def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        values = super().rows(name, first, last)
+        if name in self._low_rank:
+            b, a = self._low_rank[name]
+            values += b[first:last] @ a
+        return values
+
+    def _values(self, name: str, start: int, stop: int) -> np.ndarray:
+        if self._into == "nf4" and _LINEAR.fullmatch(name):
+            return self._nf4(name).values(start, stop)
+        return super()._values(name, start, stop)
+
+    def _nf4(self, name: str) -> _Nf4:
+        with self._lock:
+            if self._rounded is None or self._rounded[0] != name:
+                self._rounded = name, _Nf4(self._places[name])
+            return self._rounded[1]
+
+
+class _Nf4:
+    """A tensor as QLoRA training holds it: 4 bits a value, a scale a block, the scales in 8 bits (Dettmers et al. 2023).
+
+    The steps are those of bitsandbytes.functional.quantize_4bit(compress_statistics=True), with bitsandbytes' own
+    kernels, so the values are bit for bit what it dequantizes; here the float32 tensor never exists as a whole.
+    """
+
+    def __init__(self, place: _Place) -> None:
+        import bitsandbytes.functional as bnb
+        import torch
+
+        size, self._columns = math.prod(place.shape), place.shape[-1]
+        packed, scales = [], []
+        for start in range(0, size, VALUES_AT_ONCE):
+            values = torch.from_numpy(place.read(start, min(start + VALUES_AT_ONCE, size)))
+            codes, largest = torch.ops.bitsandbytes.quantize_4bit.default(values, _BLOCK, "nf4", torch.uint8)
+            packed.append(codes.reshape(-1))
+            scales.append(largest)
+        self._packed, scale = torch.cat(packed), torch.cat(scales)
+        mean = scale.mean()
+        self._scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scale - mean, blocksize=256)) + mean
+        # bitsandbytes' CPU kernel goes by rows: where blocks cross their ends, only the whole tensor gives what training saw.
+        rows = size // self._columns
+        self._whole = self._written_out(self._packed, self._scales, rows) if self._columns % _BLOCK else None
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        """Values [start, stop), which are whole rows."""
+        if self._whole is not None:
+            return self._whole[start:stop]
+        codes, scales = self._packed[start // 2 : stop // 2], self._scales[start // _BLOCK : stop // _BLOCK]
+        return self._written_out(codes, scales, (stop - start) // self._columns)
+
+    def _written_out(self, codes: Any, scales: Any, rows: int) -> np.ndarray:
+        import torch
+
+        shape = (rows, self._columns)
+        values = torch.ops.bitsandbytes.dequantize_4bit.default(codes, scales, _BLOCK, "nf4", shape, torch.float32)
+        return np.asarray(values.reshape(-1).numpy())
+
+
+def write(source: Checkpoint, folder: Path, progress: Callable[[float, str], None]) -> None:
+    """Write `source` into `folder` as bfloat16 safetensors, a range of rows at a time; several files above 4 GiB."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in source.shapes.items():
+        n_bytes = 2 * math.prod(shape)
+        if shards[-1] and size + n_bytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += n_bytes
+    files = (
+        ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    total, done = sum(math.prod(shape) for shape in source.shapes.values()), 0
+    for file, names in zip(files, shards, strict=True):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            begin, end = end, end + 2 * math.prod(source.shapes[name])
+            header[name] = {"dtype": "BF16", "shape": source.shapes[name], "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            for name in names:
+                progress(done / total, name)
+                for first, last in ranges(source.shapes[name]):
+                    stream.write(_bfloat16(source.rows(name, first, last)))
+                done += math.prod(source.shapes[name])
+            stream.flush()
+            os.fsync(stream.fileno())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": 2 * total}, "weight_map": {n: f for f, names in zip(files, shards, strict=True) for n in names}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Row ranges (first, last) of about VALUES_AT_ONCE values; they depend on nothing but the shape."""
+    rows, step = math.prod(shape[:-1]), max(1, VALUES_AT_ONCE // max(1, shape[-1]))
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+def _bfloat16(values: np.ndarray) -> bytes:
+    import torch
+
+    return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy().tobytes()
+
+
+def _low_rank(adapter: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Weight name -> (scaled B, A), float32, shapes (rows, r) and (r, columns)."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+        strange = [key for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
+        alpha = float(config["lora_alpha"])
+        rooted = bool(config.get("use_rslora"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise ModelError(f"{adapter.name} cannot be read: {cause}", "it is damaged: remove the folder and train again") from error
+    if kind != "LORA" or strange:
+        raise ModelError(
+            f"{adapter.name} is a {kind} adapter with {', '.join(strange) or 'another method'}", "a plain LoRA adapter can be merged"
+        )
+    halves: dict[str, dict[str, np.ndarray]] = {}
+    for key, place in _places(adapter / "adapter_model.safetensors").items():
+        match = _LORA.fullmatch(key)
+        if match is None or len(place.shape) != 2:
+            raise ModelError(f"{adapter.name}: {key} is not a matrix of a LoRA adapter", "a plain LoRA adapter can be merged")
+        halves.setdefault(f"{match[1]}.weight", {})[match[2]] = place.read(0, math.prod(place.shape)).reshape(place.shape)
+    found = {}
+    for name, half in halves.items():
+        a, b = half.get("A"), half.get("B")
+        if a is None or b is None or len(a) != b.shape[1] or shapes.get(name) != (len(b), a.shape[1]):
+            raise ModelError(f"{adapter.name} does not fit this base: {name}", "name the base that it was trained on")
+        found[name] = (b * np.float32(alpha / (len(a) ** 0.5 if rooted else len(a))), a)
+    return found
+
+
+def _places(file: Path) -> dict[str, _Place]:
+    """Every tensor of a file. safetensors itself judges the header: lengths, overlaps, shapes."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.exists():
+        raise ModelError(f"{file} is missing", "copy the model again: weights are read from safetensors files only")
+    try:
+        with safe_open(file, framework="np"):
+            pass
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{file} is damaged: {error}", "copy the model again") from error
+    header.pop("__metadata__", None)
+    places = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _TYPES:
+            raise ModelError(
+                f"{name} is stored as {entry['dtype']}", "export needs 16- or 32-bit weights: merge or dequantize the model first"
+            )
+        places[name] = _Place(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+    return places
+
+
+def _shards(model: Path) -> dict[Path, list[str] | None]:
+    """Each safetensors file and the tensors wanted from it (None: all)."""
+    index = model / "model.safetensors.index.json"
+    if not index.exists():
+        return {model / "model.safetensors": None}
+    shards: dict[Path, list[str] | None] = {}
+    try:
+        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            if Path(file).name != file:
+                raise ModelError(f"{index} names {file!r}, which is not a file of its folder", "do not use this model")
+            names = shards.setdefault(model / file, [])
+            if names is not None:
+                names.append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged: {error}", "copy the model again") from error
+    return shards

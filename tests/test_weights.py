@@ -1,0 +1,102 @@
+"""Weights read and merged a range of rows at a time are those of bitsandbytes, PEFT and safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from edgelora import machine, weights
+from edgelora.errors import ModelError
+from edgelora.export import gguf
+from edgelora.train import load
+from tests.tiny_models import ARCHITECTURES, tiny_model
+
+
+def adapter_for(base: Path, folder: Path, rslora: bool = False) -> Path:
+    """A random LoRA on every linear layer, written by PEFT."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    made = get_peft_model(model, LoraConfig(r=4, lora_alpha=24, target_modules="all-linear", use_rslora=rslora, task_type="CAUSAL_LM"))
+    torch.manual_seed(3)
+    for name, weight in made.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    made.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_nf4_is_what_training_holds_bit_for_bit(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "VALUES_AT_ONCE", 1 << 10)  # several ranges even of a tiny matrix
+    base = tiny_model(arch, tmp_path / "base")
+    expected = load.load_base(base, "qlora", torch.float32).dequantize().state_dict()
+    source = weights.Merged(base, adapter_for(base, tmp_path / "adapter"), "nf4")
+    source._low_rank.clear()
+    for name, shape in source.shapes.items():
+        parts = [source.rows(name, first, last) for first, last in weights.ranges(shape)]
+        assert torch.equal(torch.from_numpy(np.concatenate(parts)).reshape(shape), expected[name].float()), name
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_merge_is_that_of_peft(dtype: torch.dtype, rslora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "VALUES_AT_ONCE", 1 << 10)
+    base = tiny_model("qwen2", tmp_path / "base", dtype=dtype)
+    adapter = adapter_for(base, tmp_path / "adapter", rslora)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    source = weights.Merged(base, adapter, "16bit")
+    for name, shape in source.shapes.items():
+        parts = [source.rows(name, first, last) for first, last in weights.ranges(shape)]
+        np.testing.assert_allclose(np.concatenate(parts).reshape(shape), expected[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_written_shards_are_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_model("llama", tmp_path / "base")
+    source = weights.Merged(base, adapter_for(base, tmp_path / "adapter"), "16bit")
+    monkeypatch.setattr(weights, "_SHARD_BYTES", 60_000)
+    made = tmp_path / "made"
+    made.mkdir()
+    weights.write(source, made, lambda share, name: None)
+    files = json.loads((made / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(files.values())) > 1
+    found = {name: tensor for file in set(files.values()) for name, tensor in load_file(made / file).items()}
+    assert found.keys() == source.shapes.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, torch.from_numpy(source.rows(name)).reshape(tensor.shape).to(torch.bfloat16)), name
+
+
+def test_the_number_of_threads_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "VALUES_AT_ONCE", 1 << 10)
+    base = tiny_model("llama", tmp_path / "base")
+    written = []
+    for threads in (1, 3):
+        monkeypatch.setattr(machine, "cores", lambda threads=threads: threads)
+        written.append(gguf.write(base, "q4_0", tmp_path, "tiny", lambda share, name: None).read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("change", ["dora", "other base", "half", "no config"])
+def test_adapters_that_cannot_be_merged(change: str, tmp_path: Path) -> None:
+    base = tiny_model("llama", tmp_path / "base")
+    adapter = adapter_for(base, tmp_path / "adapter")
+    config, file = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    if change == "dora":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    elif change == "other base":
+        base = tiny_model("llama", tmp_path / "other", intermediate_size=128)
+    elif change == "half":
+        tensors = load_file(file)
+        tensors.pop(next(name for name in tensors if "lora_A" in name))
+        save_file(tensors, file)
+    else:
+        config.unlink()
+    expected = {"dora": "use_dora", "other base": "does not fit", "half": "does not fit", "no config": "cannot be read"}[change]
+    with pytest.raises(ModelError, match=expected):
+        weights.Merged(base, adapter, "16bit")
