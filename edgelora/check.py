@@ -167,6 +167,30 @@ def unjudged(verdicts: Iterable[Verdict]) -> list[Verdict]:
     return [verdict for verdict in verdicts if verdict.ok is None]
 
 
+def to_markdown(verdicts: Sequence[Verdict]) -> str:
+    """A table for a pull request, what is broken first."""
+    failed, warned = len(broken(verdicts)), len(unjudged(verdicts))
+    words = f"{failed} of {len(verdicts)} broken" if failed else f"{len(verdicts) - warned} of {len(verdicts)} held"
+    lines = [f"### edgelora: budgets, {words}" + (f", {warned} not judged" if warned else ""), ""]
+    lines += ["| | budget | limit | measured | |", "| --- | --- | --- | --- | --- |"]
+    order = {False: 0, None: 1, True: 2}
+    marks = {False: "✗", None: "!", True: "✓"}
+    for v in sorted(verdicts, key=lambda v: order[v.ok]):
+        cells = (marks[v.ok], v.what, v.limit, v.value, v.why)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def workflow_commands(verdicts: Iterable[Verdict]) -> list[str]:
+    """GitHub's workflow commands: an error for what is broken, a warning for what could not be judged."""
+    escapes = str.maketrans({"%": "%25", "\r": "%0D", "\n": "%0A"})
+    return [
+        f"::{'warning' if v.ok is None else 'error'} title=edgelora::{f'{v.what}: {v.value} (limit {v.limit}); {v.why}'.translate(escapes)}\n"
+        for v in verdicts
+        if not v.ok
+    ]
+
+
 # ---- limits ----
 
 

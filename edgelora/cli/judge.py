@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edgelora import artifact
+from edgelora.artifact import writing
 from edgelora.cli.output import PATH, Output, command, load_recipe
 from edgelora.errors import CheckFailed, UsageError
 
@@ -40,9 +39,18 @@ def report(echo: Output, runs: tuple[Path, ...], output: Path | None) -> None:
 @click.option("--budgets", "file", type=PATH, help="Take the budgets of this YAML file.")
 @click.option("--budget", "budgets", multiple=True, metavar="NAME=LIMIT", help="A budget, e.g. size=130MB or size=+1%. Repeatable.")
 @click.option("--baseline", type=PATH, help="A baseline, or a folder of them; default ./baselines where it exists.")
+@click.option("--markdown", type=PATH, help="Write the table as Markdown into this file, for a pull request.")
+@click.option("--annotate", is_flag=True, help="Write GitHub's annotations for what is broken or could not be judged.")
 @command
 def check(
-    echo: Output, artifacts: tuple[Path, ...], recipe: Path | None, file: Path | None, budgets: tuple[str, ...], baseline: Path | None
+    echo: Output,
+    artifacts: tuple[Path, ...],
+    recipe: Path | None,
+    file: Path | None,
+    budgets: tuple[str, ...],
+    baseline: Path | None,
+    markdown: Path | None,
+    annotate: bool,
 ) -> None:
     """Hold runs, reports or model files against budgets; exit code 1 when one is broken.
 
@@ -54,13 +62,14 @@ def check(
     """
     from edgelora import baseline as baselines
     from edgelora import check as checks
+    from edgelora.measured import measured
 
     named = _budgets(recipe, file, budgets)
     if baseline is not None and not baseline.exists():
         raise UsageError(f"there is no baseline at {baseline}", "make one: edgelora baseline update RUN")
     verdicts = []
     for path in artifacts:
-        document, find = _measured(path)
+        document, find = measured(path)
         limits = named or dict((document.get("recipe") or {}).get("budgets") or {})
         if not limits:
             raise UsageError(f"{path} was made without budgets", "name some: --budget size=130MB")
@@ -69,6 +78,11 @@ def check(
     marks = {True: "ok    ", False: "BROKEN", None: "?     "}
     lines = [f"{marks[v.ok]}  {v.what}: {v.value} (limit {v.limit})" + (f"\n        {v.why}" if v.why else "") for v in verdicts]
     echo.result([verdict.as_row() for verdict in verdicts], *lines)
+    if markdown is not None:
+        with writing(markdown.parent):
+            markdown.write_text(checks.to_markdown(verdicts), encoding="utf-8")
+    if annotate:
+        click.echo("".join(checks.workflow_commands(verdicts)), err=True, nl=False)
     if warned := checks.unjudged(verdicts):
         click.echo(f"warning: {len(warned)} of {len(verdicts)} budgets could not be judged", err=True)
     if failed := checks.broken(verdicts):
@@ -92,20 +106,6 @@ def _budgets(recipe: Path | None, file: Path | None, named: tuple[str, ...]) -> 
     return dict(load_recipe(recipe, (), None).budgets) if recipe else {}
 
 
-def _measured(path: Path) -> tuple[dict[str, Any], Callable[[str], Path | None]]:
-    """The report of a run, or of a model file what can be said without running it: its size."""
-    from edgelora import report as reports
-    from edgelora import size as sizes
-
-    if path.suffix == ".json" or (path / "report.json").is_file():
-        run = path if path.is_dir() else path.parent
-        return reports.read(path), lambda name: artifact.find(run, name)
-    if path.is_dir() and not any(sizes.READERS.get(p.suffix) for p in path.iterdir()):
-        return reports.read(path), lambda name: None  # says that there is no report
-    found = sizes.read(path)
-    return {"name": path.name, "files": [{"file": found.name, "size_bytes": found.size_bytes}]}, lambda name: path
-
-
 @click.group()
 def baseline() -> None:
     """What later runs are compared with: one small JSON file a machine class, to be committed."""
@@ -122,8 +122,9 @@ def update(echo: Output, run: Path, output: Path | None) -> None:
     Example:  edgelora baseline update runs/quickstart
     """
     from edgelora import baseline as baselines
+    from edgelora.measured import measured
 
-    document, find = _measured(run)
+    document, find = measured(run)
     if "machine" not in document:
         from edgelora import machine
 

