@@ -8,8 +8,10 @@ each long piece of metadata. Pretty-printed with sorted keys, so that a commit s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,12 +89,40 @@ def read(path: Path, machine_class: str | None) -> dict[str, Any] | None:
         return None
     try:
         with path.open("rb") as stream:
-            data = stream.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise ModelError(f"{path} is larger than {_MAX_BYTES >> 20} MiB: no baseline", _AGAIN)
-        found = json.loads(data.decode("utf-8"))
+            return _parsed(stream.read(_MAX_BYTES + 1), str(path))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}", _AGAIN) from error
+
+
+def history(path: Path, most: int = 50) -> list[dict[str, Any]]:
+    """The last versions of a committed baseline, oldest first; `commit` of each is the one that brought it.
+
+    Versions of another schema are left out. ModelError when git knows no version of the file.
+    """
+
+    def git(*arguments: str) -> bytes | None:
+        try:
+            done = subprocess.run(["git", "-C", str(path.parent), *arguments], capture_output=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    versions = []
+    for commit in (git("log", f"-n{most}", "--format=%h", "--", path.name) or b"").decode().split():
+        data = git("show", f"{commit}:./{path.name}")
+        with contextlib.suppress(ModelError):
+            if data:
+                versions.append({**_parsed(data, f"{path} of {commit}"), "commit": commit})
+    if not versions:
+        raise ModelError(f"git knows no version of {path}", "commit the baseline that `edgelora baseline update` writes, then ask again")
+    return versions[::-1]
+
+
+def _parsed(data: bytes, path: str) -> dict[str, Any]:
+    if len(data) > _MAX_BYTES:
+        raise ModelError(f"{path} is larger than {_MAX_BYTES >> 20} MiB: no baseline", _AGAIN)
+    try:
+        found = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not a baseline: {str(error)[:200]}", _AGAIN) from error
     if not isinstance(found, dict) or found.get("kind") != "baseline" or found.get("schema") != SCHEMA:

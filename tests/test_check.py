@@ -310,3 +310,28 @@ def test_gates_need_no_torch_and_no_numpy(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_a_history_is_plotted_over_commits(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    git("init", "-q")
+    none = edgelora("report", "--history", "baselines/x86-2core.json", cwd=tmp_path)
+    assert (none.returncode, none.stderr.startswith("error: git knows no version of ")) == (3, True)
+    for size in (100_000_000, 112_000_000, 105_000_000):
+        baselines.write(baselines.make(document(files__size_bytes=size), lambda name: None), tmp_path / "baselines")
+        git("add", "baselines")
+        git("commit", "-qm", "a baseline")
+        done = edgelora("report", "--history", "baselines/x86-2core.json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    history = json.loads((tmp_path / "history" / "history.json").read_text(encoding="utf-8"))
+    sizes = next(row for row in history["rows"] if row["what"] == "size")
+    assert sizes["values"] == [100_000_000, 112_000_000, 105_000_000]
+    assert len({run["label"] for run in history["runs"]}) == 3
+    page = (tmp_path / "history" / "history.html").read_text(encoding="utf-8")
+    assert "bot over 3 commits" in page
+    assert "112.000 at commit 2" in page or page.count("<polyline") >= 3
+    assert edgelora("report", cwd=tmp_path).returncode == 2

@@ -13,19 +13,26 @@ from edgelora.errors import CheckFailed, UsageError
 
 
 @click.command()
-@click.argument("runs", type=PATH, nargs=-1, required=True)
-@click.option("-o", "--output", type=PATH, help="Folder to write into; default that of the one run, or ./comparison.")
+@click.argument("runs", type=PATH, nargs=-1)
+@click.option("-o", "--output", type=PATH, help="Folder to write into; default that of the one run, ./comparison or ./history.")
+@click.option("--history", type=PATH, metavar="BASELINE", help="Plot the versions of a committed baseline over commits.")
 @command
-def report(echo: Output, runs: tuple[Path, ...], output: Path | None) -> None:
-    """Write report.html, report.md and report.json of a run again, or compare several runs.
+def report(echo: Output, runs: tuple[Path, ...], output: Path | None, history: Path | None) -> None:
+    """Write report.html, report.md and report.json of a run again, or compare several runs, or plot a baseline over commits.
 
     \b
     Example:  edgelora report runs/quickstart runs/try -o comparison
     """
     from edgelora import report as reports
 
+    if bool(runs) == (history is not None):
+        raise UsageError("name one run or several, or --history BASELINE", "for instance edgelora report runs/quickstart")
     documents = [reports.read(run) for run in runs]
-    if len(documents) == 1:
+    if history is not None:
+        from edgelora import baseline as baselines
+
+        document, target = reports.over_commits(baselines.history(history)), output or Path("history")
+    elif len(documents) == 1:
         document, target = documents[0], output or (runs[0] if runs[0].is_dir() else runs[0].parent)
     else:
         document, target = reports.compare(documents), output or Path("comparison")

@@ -21,12 +21,12 @@ from typing import Any
 
 from edgelora.artifact import writing
 from edgelora.errors import EdgeloraError, ModelError
-from edgelora.report.comparison import compare
+from edgelora.report.comparison import compare, over_commits
 from edgelora.report.markdown import to_markdown
 from edgelora.report.page import to_html
 from edgelora.report.schema import SCHEMA, is_comparison, plain, validate
 
-__all__ = ["SCHEMA", "compare", "read", "to_html", "to_json", "to_markdown", "validate", "write"]
+__all__ = ["SCHEMA", "compare", "over_commits", "read", "to_html", "to_json", "to_markdown", "validate", "write"]
 
 MAX_BYTES = 64 << 20
 
@@ -45,7 +45,7 @@ def write(doc: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """
     doc = plain(doc)
     validate(doc, "the report")
-    stem = "comparison" if is_comparison(doc) else "report"
+    stem = "history" if doc.get("over") else "comparison" if is_comparison(doc) else "report"
     texts = {"html": to_html(doc), "md": to_markdown(doc), "json": to_json(doc)}
     paths = {suffix: folder / f"{stem}.{suffix}" for suffix in texts}
     try:

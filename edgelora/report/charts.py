@@ -82,6 +82,29 @@ def compared(doc: Doc) -> Markup:
     return _together(_size_figure(bars, legend), _quality_figure(points, legend))
 
 
+def over_commits(doc: Doc) -> Markup:
+    """Of a history: each measure over commits, a line a file type; nothing for a comparison of another kind."""
+    if doc.get("over") != "commits":
+        return NOTHING
+    rows = tables.rows(doc, "rows")
+    kinds = list(dict.fromkeys(map(comparison.kind_of, rows)))
+    wanted = dict.fromkeys((row.get("what"), row.get("unit")) for row in rows)
+    drawn = []
+    for what, unit in wanted:
+        series = []
+        for row in rows:
+            if (row.get("what"), row.get("unit")) == (what, unit):
+                scale = 1e6 if unit == "bytes" else 1
+                values = [(i + 1.0, v / scale) for i, v in enumerate(row.get("values") or ()) if f.known(v)]
+                if values:
+                    series.append((comparison.kind_of(row), values))
+        if series:
+            legend = [_key(_colour(i), name) for i, (name, _) in enumerate(series)] if len(kinds) > 1 else []
+            label = f"{what}, {'MB' if unit == 'bytes' else unit}"
+            drawn.append(_figure(str(what), legend, plot.curves(series, "commit, oldest first", label, at="commit"), len(series)))
+    return _together(*drawn)
+
+
 def colours(doc: Doc) -> dict[Any, str]:
     """Each file's class name in the style sheet."""
     names = dict.fromkeys(row.get("file") for section in ("files", "losses", "bench") for row in tables.rows(doc, section))

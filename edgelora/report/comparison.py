@@ -60,7 +60,18 @@ def compare(docs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def over_commits(versions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A comparison of the versions of one baseline, oldest first: `over` says that the runs are a series in time."""
+    doc = compare([*versions, *versions] if len(versions) == 1 else versions)
+    doc["runs"] = [{**run, "label": version["commit"]} for run, version in zip(doc["runs"], versions, strict=False)]
+    for row in doc["rows"]:
+        row.update({key: row[key][: len(versions)] for key in ("values", "low", "high", "n")})
+    return {**doc, "name": str(versions[-1].get("name") or "baseline"), "over": "commits"}
+
+
 def title(doc: Row) -> str:
+    if doc.get("over") == "commits":
+        return f"{doc.get('name') or ''} over {len(rows(doc, 'runs'))} commits"
     return f"Comparison of {len(rows(doc, 'runs'))} runs: {doc.get('name') or ''}"
 
 

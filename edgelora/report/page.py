@@ -57,7 +57,8 @@ def _comparison(doc: Mapping[str, Any]) -> list[Markup]:
     found = comparison.tables_of(doc)
     head = tag("header", tag("h1", comparison.title(doc)), _notes(doc))
     sections = [_section(name, _table(table)) for name, table in found]
-    return [head, sections[0], _section("Size and quality", charts.compared(doc)), *sections[1:]]
+    middle = _section("Over commits", charts.over_commits(doc)) or _section("Size and quality", charts.compared(doc))
+    return [head, sections[0], middle, *sections[1:]]
 
 
 def _section(title: str, *children: Markup) -> Markup:

@@ -68,8 +68,8 @@ def close(values: Sequence[float], start: float, end: float) -> Axis:
     return Axis(min(values) - room, max(values) + room, start, end) if room > (wide.high - wide.low) * 1e-6 else wide
 
 
-def curves(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str) -> Markup:
-    """Lines over steps; the second and later series are marked with dots, the lowest point of the last is named."""
+def curves(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str, at: str = "step") -> Markup:
+    """Lines over steps (or what `at` names); the second and later series are marked with dots, the lowest point of the last is named."""
     height, left, right, top, bottom = 240, 46, 348, 30, 200
     series = [(name, thinned(points)) for name, points in series if points]
     everything = [p for _, points in series for p in points]
@@ -85,7 +85,7 @@ def curves(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label:
         path = " ".join(f"{x.at(px)},{y.at(py)}" for px, py in points)
         marks.append(tag("polyline", points=path, class_=f"line s{i}"))
         if i or len(points) == 1:
-            marks += [_dot(x.at(px), y.at(py), f"s{i}", f"{name}: {py:.3f} at step {px:g}", 3) for px, py in points]
+            marks += [_dot(x.at(px), y.at(py), f"s{i}", f"{name}: {py:.3f} at {at} {px:g}", 3) for px, py in points]
     if len(series) > 1:
         marks += _lowest(series[-1], x, y, left, right, f"s{len(series) - 1}")
     return _svg(height, f"{y_label} over {x_label}", marks)

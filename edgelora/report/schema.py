@@ -126,6 +126,7 @@ COMPARISON: dict[str, Any] = {
     "schema": int,
     "kind": str,
     "name": str,
+    "over": str,  # "commits" where the runs are a series in time
     "runs": [{"label": str, "name": str, "created": str, "edgelora": str, "commit": str, "machine": MACHINE}],
     "rows": [
         {
