@@ -1,6 +1,7 @@
 # make quickstart   set everything up and run the main job on the embedded base model
 # make test         set everything up and run every test
 # make lint         ruff and mypy
+# make gate         the sizes of the quick start's files and of the wheel, against bench/budgets.yaml
 #
 # Everything lands in .venv and runs/; a second call installs nothing and runs nothing again.
 
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.edgelora
 CONSTRAINTS := constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
-.PHONY: quickstart test test-fast lint docs bench clean
+.PHONY: quickstart test test-fast lint gate docs bench clean
 
 quickstart: $(STAMP)/base
 	$(BIN)/edgelora run recipes/quickstart.yaml
@@ -24,6 +25,11 @@ test-fast: $(STAMP)/base $(STAMP)/dev
 
 lint: $(STAMP)/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+gate: $(STAMP)/base $(STAMP)/dev
+	$(BIN)/python bench/gate.py runs/gate
+	$(BIN)/edgelora check runs/gate --budgets bench/budgets.yaml --baseline bench/baselines
+	$(BIN)/edgelora check runs/gate/edgelora-*.whl --budget size=500kB
 
 docs: $(STAMP)/base
 	$(BIN)/python tests/reference.py --write README.md

@@ -69,7 +69,7 @@ def close(values: Sequence[float], start: float, end: float) -> Axis:
 
 
 def curves(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str, at: str = "step") -> Markup:
-    """Lines over steps (or what `at` names); the second and later series are marked with dots, the lowest point of the last is named."""
+    """Lines over steps (or what `at` names); of a training's, the later series have dots and the lowest point of the last is named."""
     height, left, right, top, bottom = 240, 46, 348, 30, 200
     series = [(name, thinned(points)) for name, points in series if points]
     everything = [p for _, points in series for p in points]
@@ -84,9 +84,9 @@ def curves(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label:
     for i, (name, points) in enumerate(series):
         path = " ".join(f"{x.at(px)},{y.at(py)}" for px, py in points)
         marks.append(tag("polyline", points=path, class_=f"line s{i}"))
-        if i or len(points) == 1:
+        if i or len(points) == 1 or at != "step":
             marks += [_dot(x.at(px), y.at(py), f"s{i}", f"{name}: {py:.3f} at {at} {px:g}", 3) for px, py in points]
-    if len(series) > 1:
+    if len(series) > 1 and at == "step":
         marks += _lowest(series[-1], x, y, left, right, f"s{len(series) - 1}")
     return _svg(height, f"{y_label} over {x_label}", marks)
 
