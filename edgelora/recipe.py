@@ -34,7 +34,7 @@ class Data:
     question: str | None = None  # column names; found by themselves where they are usual ones
     answer: str | None = None
     system: str | None = None  # system message put before every conversation
-    encoding: str = "utf-8"  # a byte order mark is honoured
+    encoding: str | None = None  # of the files, for instance cp932; None: found out. A byte order mark is honoured in any case
     valid_share: float = 0.1
     sealed_share: float = 0.1
 

@@ -22,6 +22,7 @@ class Suggestion:
 
     rows: int
     columns: tuple[str, ...]
+    encoding: str
     dropped: int
     task: str
     labels: int
@@ -30,7 +31,7 @@ class Suggestion:
     recipe: str
 
 
-def suggest(file: Path, *, question: str | None, answer: str | None, encoding: str, base: str | None, folder: Path) -> Suggestion:
+def suggest(file: Path, *, question: str | None, answer: str | None, encoding: str | None, base: str | None, folder: Path) -> Suggestion:
     """Read `file` and suggest a recipe that will lie in `folder`."""
     table = read(file, question=question, answer=answer, encoding=encoding)
     labels = {row.answer for row in table.rows}
@@ -40,16 +41,17 @@ def suggest(file: Path, *, question: str | None, answer: str | None, encoding: s
     return Suggestion(
         rows=len(table.rows),
         columns=table.columns,
+        encoding=table.encoding,
         dropped=len(table.dropped),
         task="classify" if classify else "chat",
         labels=len(labels) if classify else 0,
         japanese=japanese,
         base=chosen,
-        recipe=_recipe(file, table, classify, japanese, chosen, encoding, folder),
+        recipe=_recipe(file, table, classify, japanese, chosen, folder),
     )
 
 
-def _recipe(file: Path, table: Table, classify: bool, japanese: bool, base: str, encoding: str, folder: Path) -> str:
+def _recipe(file: Path, table: Table, classify: bool, japanese: bool, base: str, folder: Path) -> str:
     lengths = sorted(len(row.question) + len(row.answer) for row in table.rows)
     longest = lengths[int(len(lengths) * 0.98)]
     tokens = longest * (1.5 if japanese else 0.4) + 64  # characters to tokens, generously, and the template
@@ -79,7 +81,7 @@ def _recipe(file: Path, table: Table, classify: bool, japanese: bool, base: str,
         "data:",
         f"  train: {_quoted(path)}",
         *columns,
-        *([f"  encoding: {encoding}"] if encoding != "utf-8" else []),
+        *([f"  encoding: {table.encoding}   # found out; the file does not say"] if not table.encoding.startswith("utf-8") else []),
         *(["  task: classify   # few distinct answers: they are labels"] if classify else []),
         "  # Without files of their own, 10 % of the rows choose (valid) and 10 % only report (sealed), by hash.",
         "  # valid: my-valid.csv",

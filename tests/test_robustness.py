@@ -273,9 +273,9 @@ MISTAKES: dict[str, tuple[Callable[[Path, Line], None], int, str]] = {
     "no rows": (_rows(""), 3, "error: rows.jsonl holds no rows\n"),
     "one row": (_rows('{"question": "a", "answer": "b"}'), 3, "error: rows.jsonl has 1 usable row; fine-tuning needs at least 4\n"),
     "encoding": (
-        _rows('{"question": "質問", "answer": "答え"}'.encode("cp932")),
+        _rows(b'{"question": "a", "answer": "\xff\x81\x8d"}'),
         3,
-        "error: rows.jsonl line 1: byte 0x8e is not utf-8\nset data.encoding, for instance cp932 (Excel in Japan)\n",
+        "error: rows.jsonl line 1: byte 0xff is not utf-8, and no other encoding fits the file\nset data.encoding, for instance cp932 ",
     ),
     "no json": (_rows('{"question": "a"\n'), 3, "error: rows.jsonl line 1: not JSON"),
     "wrong columns": (

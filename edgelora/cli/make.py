@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 @click.option("--base", help="Base model; default the embedded one.")
 @click.option("--question", help="Column of the questions (or texts).")
 @click.option("--answer", help="Column of the answers (or labels).")
-@click.option("--encoding", default="utf-8", show_default=True, help="Encoding of the file; a byte order mark is honoured.")
+@click.option("--encoding", help="Encoding of the file, e.g. cp932; default found out.")
 @command
-def init(echo: Output, data: Path, output: Path | None, base: str | None, question: str | None, answer: str | None, encoding: str) -> None:
+def init(
+    echo: Output, data: Path, output: Path | None, base: str | None, question: str | None, answer: str | None, encoding: str | None
+) -> None:
     """Look at a data file and write a commented recipe for it.
 
     \b
@@ -42,13 +44,14 @@ def init(echo: Output, data: Path, output: Path | None, base: str | None, questi
         "recipe": str(target),
         "rows": found.rows,
         "columns": found.columns,
+        "encoding": found.encoding,
         "dropped": found.dropped,
         "task": found.task,
         "base": found.base,
     }
     echo.result(
         document,
-        f"{data.name}: {found.rows} rows, columns {', '.join(found.columns)}"
+        f"{data.name}: {found.rows} rows, {found.encoding}, columns {', '.join(found.columns)}"
         + (f", {found.dropped} without both left out" if found.dropped else ""),
         f"task: {found.task}" + (f", {found.labels} labels" if found.labels else ""),
         f"base: {found.base}" + ("  (an English model; see the note in the recipe)" if found.japanese and not base else ""),

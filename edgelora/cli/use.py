@@ -57,7 +57,7 @@ def evaluate(echo: Output, file: Path, rows: Path, against: Path | None, most: i
     "--labels", help="Comma-separated labels: choose one for each row and give its probability. Default: those it was trained on."
 )
 @click.option("--question", help="Column of the questions (or texts).")
-@click.option("--encoding", default="utf-8", show_default=True, help="Encoding of the rows' file.")
+@click.option("--encoding", help="Encoding of the rows' file, e.g. cp932; default found out.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
 @command
@@ -68,7 +68,7 @@ def predict(
     output: Path,
     labels: str | None,
     question: str | None,
-    encoding: str,
+    encoding: str | None,
     max_new_tokens: int,
     threads: int | None,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from edgelora.data import encoding as encodings
 from edgelora.errors import DataError
 
 # Usual column names, best first; compared without case. Found columns are shown, and a recipe can name others.
@@ -44,6 +46,7 @@ class Table:
     rows: tuple[Row, ...]
     columns: tuple[str, ...]
     dropped: tuple[tuple[int, str], ...]
+    encoding: str = "utf-8"  # it was read in
 
 
 def read(
@@ -52,10 +55,12 @@ def read(
     question: str | None = None,
     answer: str | None = None,
     system: str | None = None,
-    encoding: str = "utf-8",
+    encoding: str | None = None,
     answered: bool = True,
 ) -> Table:
     """Read `path` by its suffix; `question` and `answer` name columns where the usual names do not fit.
+
+    Without `encoding` it is found out; a byte order mark is honoured in any case.
 
     With ``answered=False`` the rows are questions alone, each waiting for its answer.
 
@@ -63,26 +68,25 @@ def read(
     """
     if path.suffix.lower() not in (*_DELIMITERS, ".json", ".jsonl"):
         raise DataError(f"{path.name}: {path.suffix or 'no suffix'} is not a known data format", "use .csv, .tsv, .json or .jsonl")
-    text = _text(path, encoding)
+    text, used = _text(path, encoding)
     if path.suffix.lower() in _DELIMITERS:
         records = _delimited(path, text, _DELIMITERS[path.suffix.lower()])
     elif path.suffix.lower() == ".jsonl":
         records = _json_lines(path, text)
     else:
         records = _json_array(path, text)
-    return _table(path, list(records), question, answer, system, answered)
+    return dataclasses.replace(_table(path, list(records), question, answer, system, answered), encoding=used)
 
 
-def _text(path: Path, encoding: str) -> str:
+def _text(path: Path, encoding: str | None) -> tuple[str, str]:
+    """The file's text and the encoding it was read in."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"data file not found: {path}", "check `data:` in the recipe; paths are relative to the recipe") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
-    for mark, name in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if raw.startswith(mark):
-            encoding = name
+    encoding = encodings.marked(raw) or encoding or encodings.detect(raw, path.name)
     try:
         text = raw.decode(encoding)
     except LookupError:
@@ -98,7 +102,7 @@ def _text(path: Path, encoding: str) -> str:
             f"{path.name} line {text.count(chr(10), 0, text.index(chr(0))) + 1}: a NUL byte; this is not a text file",
             "export the data as CSV or JSONL",
         )
-    return text
+    return text, encoding
 
 
 def _delimited(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
