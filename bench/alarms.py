@@ -47,6 +47,7 @@ KEPT = (
     "ttft_ms",
     "decode_tok_per_s",
     "samples_ms",
+    "crowded",
     "noisy",
     "noisy_why",
     "load_average",
@@ -110,8 +111,14 @@ def main() -> None:
     parser.add_argument("--calm", type=int, default=40)
     parser.add_argument("--slower", type=int, default=20)
     parser.add_argument("--loaded", type=int, default=101)
+    parser.add_argument("--reuse", type=Path, help="an earlier result, whose records stand in for kinds of which none are asked")
     options = parser.parse_args()
     about = machine.describe()
+    records: dict[str, list[dict[str, Any]]] = {"calm": [], "slower": [], "loaded": []}
+    if options.reuse:
+        for kind, rows in json.loads(options.reuse.read_text(encoding="utf-8"))["records"].items():
+            if not getattr(options, kind):
+                records[kind] = [{**row, "crowded": row.get("crowded", "other programs" in row["noisy_why"])} for row in rows]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         base = models.open_base(options.base, Path(), folder)
@@ -120,7 +127,6 @@ def main() -> None:
         slow = gguf.write(base.folder, "q8_0", folder, "model", lambda share, text: None).rename(folder / "slow" / "model.gguf")
         size = file.stat().st_size
         shutil.rmtree(base.folder, ignore_errors=True)
-        records: dict[str, list[dict[str, Any]]] = {"calm": [], "slower": [], "loaded": []}
         for kind, path, count in (("calm", file, options.calm), ("slower", slow, options.slower)):
             for number in range(count):
                 records[kind].append(record(path))
@@ -154,6 +160,7 @@ def main() -> None:
     ).stdout.strip()
     document = {
         "command": "python bench/alarms.py --base " + models.shown(options.base),
+        "reused": [kind for kind in records if options.reuse and not getattr(options, kind)],
         "date": date,
         "commit": commit,
         "machine": about,

@@ -201,6 +201,7 @@ def _row(rounds: Sequence[Round], index: int, size: int, bandwidth: float, crowd
         "bandwidth_gb_per_s": bandwidth,
         "bandwidth_share": read / decode_ms / 1e6 / bandwidth if read else None,
         "samples_ms": {"load": load, "ttft": ttft, "decode": decode},
+        "crowded": bool(crowded),
         "noisy": bool(why),
         "noisy_why": "; ".join(why),
     }

@@ -30,7 +30,7 @@ KEYS = {
         "prefill_tok_per_s",
     ),
     *("decode_tok_per_s", "peak_rss_bytes", "cpu_s_per_token", "size_bytes", "load_average", "bandwidth_gb_per_s", "bandwidth_share"),
-    *("samples_ms", "noisy", "noisy_why"),
+    *("samples_ms", "crowded", "noisy", "noisy_why"),
 }
 SMALL = Bench(prompt_tokens=(4, 20), decode_tokens=6, repeats=3)
 

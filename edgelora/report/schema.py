@@ -114,6 +114,7 @@ REPORT: dict[str, Any] = {
             "bandwidth_gb_per_s": float,  # what the memory of this machine can give
             "bandwidth_share": float,  # of it, what decoding reached
             "samples_ms": {str: [float]},  # ttft: one a repeat
+            "crowded": bool,  # by other programs
             "noisy": bool,
             "noisy_why": str,
         }
