@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import struct
@@ -106,6 +107,22 @@ def test_an_executorch_program_is_told_apart_from_its_segments(tmp_path: Path) -
     file.write_bytes(b"\x20\0\0\0ET12" + b"eh00" + struct.pack("<IQQ", 32, 96, 128) + bytes(64) + bytes(32) + bytes(1000))
     found = size.read(file)
     assert {p.name: p.n_bytes for p in found.parts} == {"program": 96, "padding": 32, "segments": 1000}
+
+
+def test_a_litertlm_bundle_is_told_apart_from_its_sections(tmp_path: Path) -> None:
+    file = tmp_path / "model.litertlm"
+    file.write_bytes(b"LITERTLM" + struct.pack("<IIIIQ", 1, 0, 0, 0, 100) + bytes(68) + bytes(16384 - 100) + bytes(5000))
+    found = size.read(file)
+    assert {p.name: p.n_bytes for p in found.parts} == {"header": 100, "padding": 16384 - 100, "sections": 5000}
+    for end in (31, 30000, 1 << 63):
+        file.write_bytes(b"LITERTLM" + struct.pack("<IIIIQ", 1, 0, 0, 0, end) + bytes(20000))
+        with pytest.raises(ModelError, match="is no LiteRT-LM bundle"):
+            size.read(file)
+
+
+def test_every_reader_can_be_loaded() -> None:
+    for module in size.READERS.values():
+        assert callable(importlib.import_module(module).parts)
 
 
 def test_four_gigabytes_are_read_from_the_header_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from edgelora.cli.output import PATH, Output, command
 @click.option("--most", type=click.IntRange(min=1), default=20, show_default=True, help="Lines shown at most; --json gives all.")
 @command
 def size(echo: Output, file: Path, other: Path | None, by: str, most: int) -> None:
-    """Where the bytes of a model file are, or what differs between two: GGUF, ONNX, safetensors, .pte, folders.
+    """Where the bytes of a model file are, or what differs between two: GGUF, ONNX, safetensors, .pte, .litertlm, folders.
 
     Only headers are read; no weight, no torch.
 

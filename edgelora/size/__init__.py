@@ -20,6 +20,7 @@ READERS = {
     ".safetensors": "edgelora.size.safetensors",
     ".onnx": "edgelora.size.onnx",
     ".pte": "edgelora.size.executorch",
+    ".litertlm": "edgelora.size.litertlm",
 }
 METADATA, PADDING = "metadata", "padding"
 
