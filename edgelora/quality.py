@@ -15,7 +15,7 @@ from edgelora import artifact, evaluate, machine, models
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data import chat
-from edgelora.data.read import Row
+from edgelora.data.row import Row
 from edgelora.data.split import Dataset
 from edgelora.export.stage import exported_path
 from edgelora.runtime import Session, runtime

@@ -22,8 +22,27 @@ _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(B|kB|KB|MB|GB|KiB|MiB|GiB)\s*$
 _UNITS = {"B": 1, "kB": 1000, "KB": 1000, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-@dataclass(frozen=True)
-class Data:
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a data file is read. What is None is found out, and shown."""
+
+    format: Literal["csv", "tsv", "xlsx", "json", "jsonl", "parquet", "text"] | None = None  # of the file
+    layout: (
+        Literal["messages", "sharegpt", "tree", "thread", "squad", "instances", "choices", "alpaca", "qna-maker", "pairs", "text"] | None
+    ) = None  # what its columns mean
+    encoding: str | None = None  # for instance cp932. A byte order mark is honoured in any case
+    delimiter: str | None = None  # one character
+    header: int | None = None  # line of the column names, counted from 1; 0: there is none
+    sheet: str | None = None  # of a workbook
+    question: str | None = None  # column names; found by themselves where they are usual ones
+    answer: str | None = None
+    context: str | None = None  # column that is put below the question
+    group: str | None = None  # column whose equal values never straddle two sets
+    system: str | None = None  # system message put before every conversation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Reading):
     """Where the rows are. Paths are relative to the recipe. Held-out sets report; only `valid` selects."""
 
     train: str
@@ -31,10 +50,6 @@ class Data:
     sealed: str | None = None  # a file; without it `sealed_share` of the training rows, by hash
     held_out: Mapping[str, str] = field(default_factory=dict)  # further sets to report on: name -> file
     task: Literal["chat", "classify"] = "chat"
-    question: str | None = None  # column names; found by themselves where they are usual ones
-    answer: str | None = None
-    system: str | None = None  # system message put before every conversation
-    encoding: str | None = None  # of the files, for instance cp932; None: found out. A byte order mark is honoured in any case
     valid_share: float = 0.1
     sealed_share: float = 0.1
 
@@ -216,6 +231,8 @@ def _limits(recipe: Recipe) -> list[str]:
         (train.patience >= 0, f"train.patience: {train.patience} should be 0 or more"),
         (0 < data.valid_share < 0.5, f"data.valid_share: {data.valid_share} should be above 0 and below 0.5"),
         (0 <= data.sealed_share < 0.5, f"data.sealed_share: {data.sealed_share} should be at least 0 and below 0.5"),
+        (data.delimiter is None or len(data.delimiter) == 1, f"data.delimiter: {data.delimiter!r} should be one character"),
+        (data.header is None or data.header >= 0, f"data.header: {data.header} should be 0 or more"),
         (not {"train", "valid", "sealed"} & set(data.held_out), "data.held_out: train, valid and sealed are taken; choose other names"),
         (all(re.fullmatch(r"\w+", name) for name in data.held_out), "data.held_out: a name should be letters, digits or '_'"),
         (len(recipe.exports) == len(set(recipe.exports)), "exports: the same format and type twice"),

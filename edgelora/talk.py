@@ -11,7 +11,7 @@ from typing import Any
 
 from edgelora.data import template
 from edgelora.data.chat import Encoded
-from edgelora.data.read import Row
+from edgelora.data.row import Row
 from edgelora.errors import DataError, ModelError, UsageError
 from edgelora.runtime import Session
 

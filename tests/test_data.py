@@ -11,8 +11,10 @@ import pytest
 from edgelora import models
 from edgelora import recipe as recipes
 from edgelora.data import chat, split, template
-from edgelora.data.read import Row, read
+from edgelora.data.read import read
+from edgelora.data.row import Row
 from edgelora.errors import DataError, ModelError
+from edgelora.recipe import Reading
 
 
 def save(folder: Path, name: str, content: str | bytes) -> Path:
@@ -46,12 +48,12 @@ def test_formats(tmp_path: Path, name: str, content: str | bytes, expected: list
 def test_columns_by_name_and_cp932(tmp_path: Path) -> None:
     file = save(tmp_path, "x.csv", "件名,内容\n営業時間,平日のみ\n".encode("cp932"))
     with pytest.raises(DataError, match=r"line 1: byte 0x8c is not utf-8") as caught:
-        read(file, encoding="utf-8")
+        read(file, Reading(encoding="utf-8"))
     assert "cp932" in caught.value.hint
     with pytest.raises(DataError, match="no column looks like the question"):
         read(file)
     for encoding in ("cp932", None):
-        assert pairs(read(file, encoding=encoding, question="件名", answer="内容")) == [("営業時間", "平日のみ")]
+        assert pairs(read(file, Reading(encoding=encoding, question="件名", answer="内容"))) == [("営業時間", "平日のみ")]
 
 
 def test_conversations_and_questions_alone(tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_conversations_and_questions_alone(tmp_path: Path) -> None:
 
 
 def test_system_message_goes_first(tmp_path: Path) -> None:
-    row = read(save(tmp_path, "a.csv", "question,answer\nQ,A\n"), system="Be kind.").rows[0]
+    row = read(save(tmp_path, "a.csv", "question,answer\nQ,A\n"), Reading(system="Be kind.")).rows[0]
     assert row.messages == (("system", "Be kind."), ("user", "Q"), ("assistant", "A"))
 
 
@@ -96,9 +98,11 @@ def test_empty_rows_are_left_out_with_their_lines(tmp_path: Path) -> None:
         ("a.csv", "question,answer\na\0b,c\n", "line 2: a NUL byte"),
         ("a.csv", b"question,answer\n\xff\x81\x8d,c\n", r"line 2: byte 0xff is not utf-8"),
         ("a.csv", "question,answer\n" + "x" * (1 << 21) + ",b\n", "line 2: field larger than field limit"),
-        ("a.xlsx", "", "is not a known data format"),
+        ("a.xlsx", "", "is not a readable Excel file"),
+        ("a.parquet", "", "is not a readable Parquet file"),
+        ("a.docx", "", "is not a known data format"),
         ("a.jsonl", '{"messages": "hi"}\n', "`messages` is not a list"),
-        ("a.jsonl", '{"messages": [{"role": "bot", "content": "x"}]}\n', "is not a message"),
+        ("a.jsonl", '{"messages": [{"role": "tool", "content": "x"}]}\n', "is not a message"),
     ],
 )
 def test_broken_files_are_one_clear_error(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from edgelora.data.encoding import detect
 from edgelora.data.read import read
 from edgelora.errors import DataError
+from edgelora.recipe import Reading
 from tests.test_cli import edgelora
 
 JAPANESE = [
@@ -59,7 +60,7 @@ def test_rows_come_back_from_every_encoding(tmp_path: Path, rows: list[tuple[str
     file.write_bytes(text(rows * times).encode(encoding))
     table = read(file)
     assert [(row.question, row.answer) for row in table.rows] == rows * times
-    assert table.encoding == encoding
+    assert table.source.encoding == encoding
 
 
 def test_the_real_texts_survive_a_change_of_encoding(corpora: Path) -> None:
@@ -73,7 +74,7 @@ def test_the_real_texts_survive_a_change_of_encoding(corpora: Path) -> None:
         for encoding in ("cp932", "euc_jp"):
             raw = text(rows).encode(encoding, "ignore")
             if any(byte > 127 for byte in raw):
-                found.append((detect(raw, "x"), encoding, raw.decode(encoding)[:80]))
+                found.append((detect(io.BytesIO(raw), "x"), encoding, raw.decode(encoding)[:80]))
     assert [row for row in found if row[0] != row[1]] == []
     assert len(found) > 700
 
@@ -83,9 +84,9 @@ def test_every_file_of_the_corpora_is_read_in_its_own_encoding(corpora: Path) ->
     files = [file for folder in ("messy", "faq_ja", "faq_en", "qa_ja", "lm") for file in (corpora / folder).iterdir() if file.is_file()]
     assert len(files) > 15
     for file in files:
-        raw = file.read_bytes()
-        other = "utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8"
-        assert detect(raw, file.name) == expected.get(file.name, other), file.name
+        with file.open("rb") as stream:
+            other = "utf-8-sig" if stream.read(3) == b"\xef\xbb\xbf" else "utf-8"
+            assert detect(stream, file.name) == expected.get(file.name, other), file.name
 
 
 def test_a_file_of_no_encoding_says_where(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_a_file_of_no_encoding_says_where(tmp_path: Path) -> None:
         read(file)
     assert caught.value.message.startswith("faq.csv line 4: byte 0xff is not utf-8, and no other encoding fits")
     with pytest.raises(DataError, match=r"line 4: byte 0xff is not utf-8$"):
-        read(file, encoding="utf-8")
+        read(file, Reading(encoding="utf-8"))
 
 
 def test_init_takes_a_file_from_excel_as_it_is(tmp_path: Path) -> None:

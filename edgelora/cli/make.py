@@ -9,6 +9,7 @@ import click
 
 from edgelora.cli import lines
 from edgelora.cli.output import DRY_RUN, OUT, PATH, RECIPE, SET, Output, calm_libraries, command, load_recipe
+from edgelora.cli.reading import reading
 from edgelora.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -20,13 +21,9 @@ if TYPE_CHECKING:
 @click.argument("data", type=PATH)
 @click.option("-o", "--output", type=PATH, help="Where to write the recipe; default <name of the data>.yaml.")
 @click.option("--base", help="Base model; default the embedded one.")
-@click.option("--question", help="Column of the questions (or texts).")
-@click.option("--answer", help="Column of the answers (or labels).")
-@click.option("--encoding", help="Encoding of the file, e.g. cp932; default found out.")
+@reading()
 @command
-def init(
-    echo: Output, data: Path, output: Path | None, base: str | None, question: str | None, answer: str | None, encoding: str | None
-) -> None:
+def init(echo: Output, data: Path, output: Path | None, base: str | None, reading: recipes.Reading) -> None:
     """Look at a data file and write a commented recipe for it.
 
     \b
@@ -37,12 +34,14 @@ def init(
     target = output or Path(f"{data.stem}.yaml")
     if target.exists():
         raise UsageError(f"{target} exists", "choose another name with -o; a recipe is never overwritten")
-    found = suggest(data, question=question, answer=answer, encoding=encoding, base=base, folder=target.parent)
+    found = suggest(data, reading, base=base, folder=target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(found.recipe, encoding="utf-8")
     document = {
         "recipe": str(target),
         "rows": found.rows,
+        "format": found.format,
+        "layout": found.layout,
         "columns": found.columns,
         "encoding": found.encoding,
         "dropped": found.dropped,
@@ -51,7 +50,7 @@ def init(
     }
     echo.result(
         document,
-        f"{data.name}: {found.rows} rows, {found.encoding}, columns {', '.join(found.columns)}"
+        f"{data.name}: {found.rows} rows, {', '.join(filter(None, [found.format, found.layout, found.encoding]))}, columns {', '.join(found.columns)}"
         + (f", {found.dropped} without both left out" if found.dropped else ""),
         f"task: {found.task}" + (f", {found.labels} labels" if found.labels else ""),
         f"base: {found.base}" + ("  (an English model; see the note in the recipe)" if found.japanese and not base else ""),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgelora.cli import lines
 from edgelora.cli.output import PATH, Output, Progress, command
+from edgelora.cli.reading import reading
 from edgelora.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from edgelora import recipe as recipes
 
 
 @click.command(name="eval")
@@ -20,8 +24,9 @@ from edgelora.errors import DataError, UsageError
 @click.option("--against", type=PATH, help="A second file to compare with, row by row, for instance the untuned base in the same type.")
 @click.option("--most", type=click.IntRange(1), default=200, show_default=True, help="Rows read at most.")
 @click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
+@reading()
 @command
-def evaluate(echo: Output, file: Path, rows: Path, against: Path | None, most: int, threads: int | None) -> None:
+def evaluate(echo: Output, file: Path, rows: Path, against: Path | None, most: int, threads: int | None, reading: recipes.Reading) -> None:
     """Loss of an exported file on rows of questions and answers, with its interval.
 
     \b
@@ -31,7 +36,7 @@ def evaluate(echo: Output, file: Path, rows: Path, against: Path | None, most: i
     from edgelora import talk
     from edgelora.data.read import read
 
-    table = read(rows).rows[:most]
+    table = read(rows, reading).rows[:most]
     measured = []
     with echo.progress() as progress:
         for number, path in enumerate([file, *([against] if against else [])]):
@@ -56,8 +61,7 @@ def evaluate(echo: Output, file: Path, rows: Path, against: Path | None, most: i
 @click.option(
     "--labels", help="Comma-separated labels: choose one for each row and give its probability. Default: those it was trained on."
 )
-@click.option("--question", help="Column of the questions (or texts).")
-@click.option("--encoding", help="Encoding of the rows' file, e.g. cp932; default found out.")
+@reading("layout", "answer", "group")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
 @command
@@ -67,8 +71,7 @@ def predict(
     rows: Path,
     output: Path,
     labels: str | None,
-    question: str | None,
-    encoding: str | None,
+    reading: recipes.Reading,
     max_new_tokens: int,
     threads: int | None,
 ) -> None:
@@ -81,7 +84,7 @@ def predict(
     from edgelora.data.read import read
 
     talk.check_suffix(output)  # before an hour of answers, not after
-    table = read(rows, question=question, encoding=encoding, answered=False)
+    table = read(rows, reading, answered=False)
     chosen = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else _labels(file)
     if labels is not None and len(chosen) < 2:
         raise UsageError(f"--labels {labels!r}: a choice needs at least two labels", "for instance --labels positive,negative")

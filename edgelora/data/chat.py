@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgelora.data.read import Row
+from edgelora.data.row import Row
 from edgelora.errors import DataError, ModelError
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelora import recipe as recipes
-from edgelora.data.read import Row, Table, read
+from edgelora.data.read import Table, read
+from edgelora.data.row import Row
 from edgelora.errors import DataError
 
 _LEAST_ROWS = 4  # below this there is nothing to select on
@@ -104,5 +105,7 @@ def _drawn_set(key: str, shares: Mapping[str, float]) -> str | None:
 
 
 def _read(recipe: recipes.Recipe, file: str) -> Table:
-    data = recipe.data
-    return read(recipe.file(file), question=data.question, answer=data.answer, system=data.system, encoding=data.encoding)
+    table = read(recipe.file(file), recipe.data)
+    if table.rows[0].is_text:
+        raise DataError(f"{file} is plain text without questions and answers", "fine-tuning needs rows with both, or conversations")
+    return table

@@ -9,7 +9,8 @@ from edgelora import models
 from edgelora import recipe as recipes
 from edgelora.data import chat
 from edgelora.data.chat import Encoded
-from edgelora.data.read import Row, read
+from edgelora.data.read import read
+from edgelora.data.row import Row
 
 _PAIRS = (
     ("What is the capital of France?", "The capital of France is Paris, a city on the Seine with about two million inhabitants."),
