@@ -26,7 +26,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 
 # ggml_type in the file -> its name, weights in a block, bytes a block takes (ggml.h, ggml-common.h).
-_BLOCKS = {
+BLOCKS = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
     2: ("Q4_0", 32, 18),
@@ -60,6 +60,7 @@ _BLOCKS = {
     39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
 }
 
 # Far above any real file; they bound what a hostile one can make us hold.
@@ -214,9 +215,9 @@ class _Reader:
             self.damaged(f"the tensor {name!r} has {n_dims} dimensions")
         shape = tuple(self.number("Q") for _ in range(n_dims))
         kind, offset = self.number("I"), self.number("Q")
-        if kind not in _BLOCKS:
+        if kind not in BLOCKS:
             self.damaged(f"the tensor {name!r} is of the unknown type {kind}")
-        type_name, weights, n_bytes = _BLOCKS[kind]
+        type_name, weights, n_bytes = BLOCKS[kind]
         if 0 in shape or (shape[0] if shape else 1) % weights:
             self.damaged(f"the tensor {name!r} has the shape {shape}, which {type_name} cannot hold")
         return Tensor(name, shape, type_name, offset, math.prod(shape) // weights * n_bytes)

@@ -89,6 +89,14 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Importance:
+    """The importance matrix: which columns of each weight matter on `train` rows, so that rounding spares them."""
+
+    rows: int = 128  # of `train`, at most
+    answer_weight: int = 4  # a token of an answer counts as many times as one of its question
+
+
+@dataclass(frozen=True)
 class Evaluate:
     rows: int = 60  # at most, of each set
     verify_rows: int = 16  # of `valid`, on which an exported file is compared with the trained model

@@ -14,7 +14,7 @@ import os
 import re
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType
+from gguf import GGML_QUANT_VERSION, GGUFValueType
 
 from edgelora import machine
 from edgelora.errors import ModelError
 from edgelora.export import architectures, gguf_tokenizer
 from edgelora.quant import ggml, gguf_types
+from edgelora.quant.importance import Importance
 from edgelora.weights import Checkpoint, ranges
 
 DEFAULT_TYPE = "q4_k_m"
@@ -35,34 +36,39 @@ TYPES = {name: kind.about for name, kind in gguf_types.FILE_TYPES.items()}
 RUNTIME = "llama.cpp"
 REQUIRES = ("gguf", "llama_cpp")
 
-Importance = Mapping[str, np.ndarray]
-
 _ALIGNMENT = 32
 _RANGES_WAITING = 8  # of one tensor, quantized ahead of what is written
 
 
-def predict_bytes(model: Path, type: str, name: str = "", importance: Importance | None = None) -> int:
+def predict_bytes(model: Path, type: str, name: str = "", importance: Importance | None = None, tensor_types: Sequence[str] = ()) -> int:
     """The exact size of what `write` would make with the same arguments, from headers alone.
 
     The header holds `name`: without it the answer is short by at most its length in UTF-8 plus 31 bytes of padding.
     """
-    layout = _Layout.of(model, type, name, importance)
+    layout = _Layout.of(model, type, name, importance, tensor_types)
     return layout.data_start + sum(_padded(tensor.bytes) for tensor in layout.tensors)
 
 
 def write(
-    model: Path, type: str, folder: Path, name: str, progress: Callable[[float, str], None], importance: Importance | None = None
+    model: Path,
+    type: str,
+    folder: Path,
+    name: str,
+    progress: Callable[[float, str], None],
+    importance: Importance | None = None,
+    tensor_types: Sequence[str] = (),
 ) -> Path:
     """Write ``folder/name-type.gguf`` from the Hugging Face folder `model` and return its path.
 
     `importance`: GGUF tensor name -> float32, shape (columns,), the mean square of each column's input; with it the
-    quantizers weigh errors as llama.cpp does with an importance matrix. `progress(share, tensor name)` is called as
-    tensors are written.
+    quantizers weigh errors as llama.cpp does with an importance matrix. `tensor_types`: "PATTERN=TYPE", see
+    `gguf_types.overrides`. `progress(share, tensor name)` is called as tensors are written.
 
-    Raises ModelError, naming the culprit, for a model that is damaged or that llama.cpp cannot run. No half file is
-    left under the final name.
+    Raises ModelError, naming the culprit, for a model that is damaged or that llama.cpp cannot run, and for a type that
+    is noise without an importance matrix when there is none. No half file is left under the final name.
     """
-    layout = _Layout.of(model, type, name, importance)
+    layout = _Layout.of(model, type, name, importance, tensor_types)
+    layout.check_importance(type, importance or {})
     path = folder / f"{name}-{type}.gguf"
     partial = path.with_name(f".{path.name}.partial")
     total = sum(tensor.bytes for tensor in layout.tensors)
@@ -95,7 +101,7 @@ class _Tensor:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: ggml.Type
     source: architectures.Source | None = None
     values: np.ndarray | None = None
 
@@ -112,9 +118,10 @@ class _Layout:
     tensors: tuple[_Tensor, ...]
     checkpoint: Checkpoint
     config: Any
+    choices: Mapping[str, gguf_types.Choice]
 
     @classmethod
-    def of(cls, model: Path, type: str, name: str, importance: Importance | None) -> _Layout:
+    def of(cls, model: Path, type: str, name: str, importance: Importance | None, tensor_types: Sequence[str]) -> _Layout:
         file_type = gguf_types.file_type(type)
         config = _config(model)
         architecture = architectures.of(config.model_type)
@@ -123,7 +130,7 @@ class _Layout:
         vectors = architecture.vectors(config)
         shapes = {key: checkpoint.shapes[source.name] for key, source in sources.items()} | {key: v.shape for key, v in vectors.items()}
         shape = gguf_types.Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, architecture.name)
-        types = gguf_types.plan(shapes, type, shape, importance is not None)
+        types = gguf_types.plan(shapes, type, shape, importance is not None, tensor_types)
         vocabulary = shapes["token_embd.weight"][0]
         metadata = {
             "general.architecture": architecture.name,
@@ -135,7 +142,23 @@ class _Layout:
             **gguf_tokenizer.metadata(model, vocabulary),
         }
         tensors = tuple(_Tensor(key, shapes[key], types[key].type, sources.get(key), vectors.get(key)) for key in shapes)
-        return cls(metadata, tensors, checkpoint, config)
+        return cls(metadata, tensors, checkpoint, config, types)
+
+    def check_importance(self, type: str, importance: Importance) -> None:
+        """ModelError when the matrix that a coarse type needs is absent, or is one of another model."""
+        columns = {tensor.name: tensor.shape[-1] for tensor in self.tensors}
+        strange = next((name for name, means in importance.items() if columns.get(name) != len(means)), None)
+        if strange:
+            raise ModelError(
+                f"the importance matrix is of another model: its {strange} has {len(importance[strange])} columns",
+                "measure it on this model's training rows",
+            )
+        if lacking := gguf_types.lacking_importance(self.choices, type, importance):
+            kind = self.choices[lacking].type.name
+            raise ModelError(
+                f"{type} without an importance matrix is noise ({lacking} would be {kind})",
+                "measure one on your training rows, or choose a type of more bits",
+            )
 
     @cached_property
     def header(self) -> bytes:
@@ -227,11 +250,11 @@ def _changed(tensor: _Tensor, source: architectures.Source, layout: _Layout) -> 
     return np.asarray(weight.reshape(-1, tensor.shape[-1]).float().numpy())
 
 
-def _quantized(values: np.ndarray, type: GGMLQuantizationType, name: str, importance: np.ndarray | None) -> bytes:
+def _quantized(values: np.ndarray, type: ggml.Type, name: str, importance: np.ndarray | None) -> bytes:
     lowest, highest = values.min(), values.max()  # NaN if any value is
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise ModelError(f"{name} holds NaN or infinite weights", "the training diverged: lower the learning rate and train again")
-    if type == GGMLQuantizationType.F16 and max(-lowest, highest) > np.finfo(np.float16).max:
+    if type == ggml.Type.F16 and max(-lowest, highest) > np.finfo(np.float16).max:
         raise ModelError(f"{name} holds {max(-lowest, highest):.3g}, more than f16 can", "choose bf16 or f32")
     try:
         return ggml.quantize(values, type, importance).tobytes()
