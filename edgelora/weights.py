@@ -95,7 +95,7 @@ class Merged(Checkpoint):
     def __init__(self, folder: Path, adapter: Path, into: str) -> None:
         super().__init__(folder)
         self._into = into
-        self._low_rank = _low_rank(adapter, self.shapes)
+        self._low_rank = low_rank(adapter, self.shapes)
         self._lock = threading.Lock()
         self._rounded: tuple[str, _Nf4] | None = None  # of one tensor: ranges are asked for tensor by tensor
 
@@ -208,7 +208,7 @@ def _bfloat16(values: np.ndarray) -> bytes:
     return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy().tobytes()
 
 
-def _low_rank(adapter: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def low_rank(adapter: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Weight name -> (scaled B, A), float32, shapes (rows, r) and (r, columns)."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

@@ -1,18 +1,14 @@
 """GGUF, llama.cpp's format: one file with the weights, the tokenizer and the chat template.
 
 The checkpoint is read one tensor at a time and quantized in row ranges, so neither a 16-bit file nor the whole model
-in memory is needed. The same input gives the same bytes. Layout (little-endian; ggml, docs/gguf.md):
-
-    "GGUF" version=3 | counts of tensors and keys | keys | name, shape, type, offset of each tensor | pad | tensors, each padded
+in memory is needed. The same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, GGUFValueType
+from gguf import GGML_QUANT_VERSION
 
 from edgelora import machine
 from edgelora.errors import ModelError
-from edgelora.export import architectures, gguf_tokenizer
+from edgelora.export import architectures, gguf_file, gguf_tokenizer
+from edgelora.export.gguf_file import padded
 from edgelora.quant import ggml, gguf_types
 from edgelora.quant.importance import Importance
 from edgelora.weights import Checkpoint, ranges
@@ -36,7 +33,6 @@ TYPES = {name: kind.about for name, kind in gguf_types.FILE_TYPES.items()}
 RUNTIME = "llama.cpp"
 REQUIRES = ("gguf", "llama_cpp")
 
-_ALIGNMENT = 32
 _RANGES_WAITING = 8  # of one tensor, quantized ahead of what is written
 
 
@@ -46,7 +42,7 @@ def predict_bytes(model: Path, type: str, name: str = "", importance: Importance
     The header holds `name`: without it the answer is short by at most its length in UTF-8 plus 31 bytes of padding.
     """
     layout = _Layout.of(model, type, name, importance, tensor_types)
-    return layout.data_start + sum(_padded(tensor.bytes) for tensor in layout.tensors)
+    return layout.data_start + sum(padded(tensor.bytes) for tensor in layout.tensors)
 
 
 def write(
@@ -81,7 +77,7 @@ def write(
                 progress(done / total, tensor.name)
                 for block in _packed(tensor, layout, importance, pool):
                     stream.write(block)
-                stream.write(bytes(_padded(tensor.bytes) - tensor.bytes))
+                stream.write(bytes(padded(tensor.bytes) - tensor.bytes))
                 done += tensor.bytes
             stream.flush()
             os.fsync(stream.fileno())
@@ -96,18 +92,11 @@ def write(
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _Tensor(gguf_file.Tensor):
     """One tensor of the file: `source` in the checkpoint, or `values` that the configuration implies."""
 
-    name: str
-    shape: tuple[int, ...]
-    type: ggml.Type
     source: architectures.Source | None = None
     values: np.ndarray | None = None
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape[:-1]) * ggml.row_bytes(self.type, self.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -123,7 +112,7 @@ class _Layout:
     @classmethod
     def of(cls, model: Path, type: str, name: str, importance: Importance | None, tensor_types: Sequence[str]) -> _Layout:
         file_type = gguf_types.file_type(type)
-        config = _config(model)
+        config = model_config(model)
         architecture = architectures.of(config.model_type)
         checkpoint = Checkpoint(model)
         sources = _matched(architecture.tensors(config), checkpoint, config)
@@ -162,52 +151,16 @@ class _Layout:
 
     @cached_property
     def header(self) -> bytes:
-        parts = [b"GGUF", struct.pack("<IQQ", 3, len(self.tensors), len(self.metadata))]
-        parts += [_string(key) + _value(value) for key, value in self.metadata.items()]
-        offset = 0
-        for tensor in self.tensors:
-            dims = tensor.shape[::-1]
-            parts.append(_string(tensor.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.type, offset))
-            offset += _padded(tensor.bytes)
-        return b"".join(parts)
+        return gguf_file.header(self.metadata, self.tensors)
 
     @property
     def data_start(self) -> int:
-        return _padded(len(self.header))
+        return padded(len(self.header))
 
 
 def _plain_name(name: str) -> str:
     """llama.cpp makes every special token of a model called phi-3 swallow the spaces after it (llama-vocab.cpp), so none is called that."""
     return re.sub("(phi)-?3", r"\1 3", name, flags=re.IGNORECASE)
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _string(text: str) -> bytes:
-    data = text.encode("utf-8")
-    return struct.pack("<Q", len(data)) + data
-
-
-def _value(value: Any) -> bytes:
-    """Type and value; whole numbers are unsigned 32-bit, in arrays signed, as llama.cpp reads them."""
-    if isinstance(value, list):
-        kind = _kind(value[0]) if not isinstance(value[0], int) or isinstance(value[0], bool) else GGUFValueType.INT32
-        return struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(value)) + b"".join(_scalar(item, kind) for item in value)
-    return struct.pack("<I", _kind(value)) + _scalar(value, _kind(value))
-
-
-def _kind(value: Any) -> GGUFValueType:
-    kinds = {str: GGUFValueType.STRING, bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
-    return kinds[type(value)]
-
-
-def _scalar(value: Any, kind: GGUFValueType) -> bytes:
-    if kind == GGUFValueType.STRING:
-        return _string(value)
-    formats = {GGUFValueType.BOOL: "<?", GGUFValueType.UINT32: "<I", GGUFValueType.INT32: "<i", GGUFValueType.FLOAT32: "<f"}
-    return struct.pack(formats[kind], value)
 
 
 # ---- weights ----
@@ -262,7 +215,7 @@ def _quantized(values: np.ndarray, type: ggml.Type, name: str, importance: np.nd
         raise ModelError(f"{name}: {error.message}", error.hint) from error
 
 
-def _config(model: Path) -> Any:
+def model_config(model: Path) -> Any:
     """The configuration with every default filled in, as transformers runs it."""
     from transformers import AutoConfig
 
