@@ -67,12 +67,7 @@ def _pairs(base: Path, adapter: Path) -> Pairs:
     for name, source in architectures.of(config.model_type).tensors(config).items():
         if source.name not in found:
             continue
-        b, a, *lengths = found.pop(source.name)
-        if any(length is not None for length in lengths):
-            raise ModelError(
-                f"{adapter.name} is a DoRA adapter: GGUF adapters have no place for its row lengths",
-                "merge it: export it with --format gguf",
-            )
+        b, a = found.pop(source.name)
         if source.change is not None:
             b = source.change(torch.from_numpy(b), config).contiguous().numpy()
         pairs[name] = (b, a)
