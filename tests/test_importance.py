@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from edgelora import recipe as recipes
 from edgelora.data.chat import Encoded
-from edgelora.data.read import Row
+from edgelora.data.row import Row
 from edgelora.data.split import Dataset
 from edgelora.errors import ModelError
 from edgelora.export import gguf as export
