@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelora import __version__
-from edgelora.errors import DiskFull, EdgeloraError, ModelError
+from edgelora.errors import DataError, DiskFull, EdgeloraError, ModelError, UsageError
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -114,16 +114,49 @@ def build(
     """
     key = stage_key(kind, made_from, recipe, versions)
     final = parent / f"{name}-{key[:8]}"
+    return _build(final, kind, key, make, made_from, recipe, versions, rows or {}, resumable)
+
+
+def build_as(
+    final: Path,
+    kind: str,
+    make: Callable[[Path], Mapping[str, Any]],
+    *,
+    made_from: Mapping[str, str],
+    recipe: Mapping[str, Any],
+    versions: Mapping[str, str],
+    rows: Mapping[str, str] | None = None,
+) -> Artifact:
+    """Like `build`, under a name that the user chose. UsageError when something else stands there already."""
+    key = stage_key(kind, made_from, recipe, versions)
+    if final.exists() and (not (final / MANIFEST).is_file() or load(final).key != key):
+        raise UsageError(f"{final} exists and was made from something else", "choose another folder, or remove it first")
+    return _build(final, kind, key, make, made_from, recipe, versions, rows or {}, resumable=False)
+
+
+def _build(
+    final: Path,
+    kind: str,
+    key: str,
+    make: Callable[[Path], Mapping[str, Any]],
+    made_from: Mapping[str, str],
+    recipe: Mapping[str, Any],
+    versions: Mapping[str, str],
+    rows: Mapping[str, str],
+    resumable: bool,
+) -> Artifact:
+    if (use := rows.get("sealed", "report")) != "report":
+        raise DataError(f"sealed reports and was to {use}", "choose on `valid`: what selects never reports")
     if final.exists():
         return load(final)
-    work = parent / f".{final.name}.partial"
-    with writing(parent):
+    work = final.parent / f".{final.name}.partial"
+    with writing(final.parent):
         if not resumable:
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         try:
             facts = make(work)
-            _finish(work, final, kind, key, made_from, rows or {}, recipe, versions, facts)
+            _finish(work, final, kind, key, made_from, rows, recipe, versions, facts)
         except BaseException:
             if not resumable:
                 shutil.rmtree(work, ignore_errors=True)

@@ -174,7 +174,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def _notes(dataset: Dataset, base: models.Base) -> list[str]:
-    notes = []
+    notes = list(dataset.notes)
     for reason in sorted({reason for _, _, reason in dataset.dropped}):
         count = sum(r == reason for _, _, r in dataset.dropped)
         notes.append(f"{count} training {'row' if count == 1 else 'rows'} left out: {reason}")

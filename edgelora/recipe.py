@@ -22,6 +22,35 @@ _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(B|kB|KB|MB|GB|KiB|MiB|GiB)\s*$
 _UNITS = {"B": 1, "kB": 1000, "KB": 1000, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
+Where = Literal["all", "answers", "none"]
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What is mended in the rows, in this order: in `all` messages, in `answers` only, or in `none`. Everything is counted and listed."""
+
+    mojibake: Where = "all"  # text decoded with a wrong encoding ("Ã©"), by ftfy
+    controls: Where = "all"  # control and invisible characters, odd spaces, line ends
+    tokens: Where = "all"  # stray tokens of chat templates (<|im_end|>, ###eos_token###) and Alpaca's wrapper
+    html: Where = "all"  # tags and entities
+    ruby: Where = "all"  # readings and notes of Aozora Bunko: 《》 and ［＃］
+    markup: Where = "all"  # links, headings and roles of wikis and AsciiDoc
+    width: Where = "all"  # half-width kana, full-width letters and digits
+    joins: Where = "all"  # spaces between Japanese words that joined lines left
+    whitespace: Where = "all"  # runs of spaces, trailing spaces, blank lines
+    variants: Where = "answers"  # Japanese notation variants, by majority; users type them all, so questions keep them
+    spelling: Where = "answers"  # British and American English, by majority
+    least: int = 5  # occurrences below which a majority decides nothing
+    majority: float = 0.7  # share of the occurrences that makes one
+    dictionary: Mapping[str, str] = field(default_factory=dict)  # your own: spelling -> the one to use
+    keep: tuple[str, ...] = ()  # spellings that stay as they are
+    typos: Literal["report", "fix", "none"] = "report"  # English words one slip away from a common one
+    personal: Literal["report", "remove", "none"] = "report"  # e-mail, phone and card numbers, postal codes, My Numbers
+    duplicates: Literal["drop", "none"] = "drop"  # rows whose question and answer were seen, whatever case and punctuation
+    near: Literal["report", "drop", "none"] = "report"  # rows that are nearly the same, by MinHash
+    similarity: float = 0.8  # Jaccard similarity of five-character pieces above which rows are nearly the same
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """How a data file is read. What is None is found out, and shown."""
@@ -52,6 +81,7 @@ class Data(Reading):
     task: Literal["chat", "classify"] = "chat"
     valid_share: float = 0.1
     sealed_share: float = 0.1
+    clean: Clean = field(default_factory=Clean)
 
 
 @dataclass(frozen=True)
@@ -167,6 +197,14 @@ def load_budgets(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in budgets.items()}
 
 
+def load_mapping(path: Path) -> dict[str, str]:
+    """A YAML file of words and what to write instead. RecipeError when it is something else."""
+    values = _read(path)
+    if not all(isinstance(key, str) and isinstance(value, str) for key, value in values.items()):
+        raise RecipeError(f"{path}: every line should be one word and the one to use", "for instance サーバ: サーバー")
+    return values
+
+
 def _read(path: Path) -> dict[Any, Any]:
     """The mapping in a small YAML file."""
     import yaml
@@ -241,6 +279,9 @@ def _limits(recipe: Recipe) -> list[str]:
         (0 <= data.sealed_share < 0.5, f"data.sealed_share: {data.sealed_share} should be at least 0 and below 0.5"),
         (data.delimiter is None or len(data.delimiter) == 1, f"data.delimiter: {data.delimiter!r} should be one character"),
         (data.header is None or data.header >= 0, f"data.header: {data.header} should be 0 or more"),
+        (data.clean.least >= 1, f"data.clean.least: {data.clean.least} should be 1 or more"),
+        (0.5 < data.clean.majority <= 1, f"data.clean.majority: {data.clean.majority} should be above 0.5 and at most 1"),
+        (0.5 <= data.clean.similarity < 1, f"data.clean.similarity: {data.clean.similarity} should be at least 0.5 and below 1"),
         (not {"train", "valid", "sealed"} & set(data.held_out), "data.held_out: train, valid and sealed are taken; choose other names"),
         (all(re.fullmatch(r"\w+", name) for name in data.held_out), "data.held_out: a name should be letters, digits or '_'"),
         (len(recipe.exports) == len(set(recipe.exports)), "exports: the same format and type twice"),

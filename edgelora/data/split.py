@@ -1,6 +1,6 @@
 """Fixed sets: `train` trains, `valid` selects, `sealed` and other held-out sets only report.
 
-Which set a row belongs to is a hash of its normalized question, so adding or shuffling rows moves no other row.
+Which set a row belongs to is a hash of its group's raw text, so neither adding, shuffling nor cleaning rows moves another.
 A trained row whose question also stands in a held-out set is dropped from `train`, never the other way round.
 """
 
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgelora import recipe as recipes
-from edgelora.data.read import Table, read
+from edgelora.data import assign, folder
+from edgelora.data.assign import LEAST_ROWS
+from edgelora.data.keys import group_key as group_key
+from edgelora.data.prepare import Prepared, prepare
 from edgelora.data.row import Row
 from edgelora.errors import DataError
-
-_LEAST_ROWS = 4  # below this there is nothing to select on
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,16 @@ class Dataset:
     held_out: Mapping[str, tuple[Row, ...]]
     dropped: tuple[tuple[str, int, str], ...]  # (file name, line, reason)
     columns: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=())  # what cleaning changed and what it found, in sentences
 
     @property
     def selecting(self) -> tuple[Row, ...]:
         return self.valid
 
     def reporting(self, name: str) -> tuple[Row, ...]:
+        if name not in self.held_out:
+            why = "selects and does not report" if name == "valid" else "trains" if name == "train" else "holds no rows"
+            raise DataError(f"`{name}` {why}", f"sets that report: {', '.join(self.held_out) or 'none'}")
         return self.held_out[name]
 
     @property
@@ -51,61 +56,58 @@ class Dataset:
 
 
 def load(recipe: recipes.Recipe) -> Dataset:
-    """Read every file a recipe names and split it. DataError for files that cannot serve."""
+    """Read, clean and split every file a recipe names. DataError for files that cannot serve."""
     data = recipe.data
-    table = _read(recipe, data.train)
-    sets: dict[str, tuple[Row, ...]] = {}
-    for name, file in {"valid": data.valid, **data.held_out, "sealed": data.sealed}.items():
-        if file is not None:
-            sets[name] = _read(recipe, file).rows
-    dropped = [(Path(data.train).name, line, reason) for line, reason in table.dropped]
-    train: list[Row] = []
-    seen: set[tuple[str, str]] = set()
-    reserved = {group_key(row): name for name, rows in sets.items() for row in rows}
-    shares = {"sealed": 0.0 if "sealed" in sets else data.sealed_share, "valid": 0.0 if "valid" in sets else data.valid_share}
-    drawn: dict[str, list[Row]] = {name: [] for name, share in shares.items() if share}
-    for row in table.rows:
-        key = group_key(row)
-        if (key, row.answer) in seen:
-            dropped.append((Path(data.train).name, row.line, "duplicate"))
-            continue
-        seen.add((key, row.answer))
-        if key in reserved:
-            dropped.append((Path(data.train).name, row.line, f"question stands in {reserved[key]}"))
-        elif home := _drawn_set(key, shares):
-            drawn[home].append(row)
-        else:
-            train.append(row)
-    for name in drawn:
-        if not drawn[name] and len(train) >= _LEAST_ROWS:  # too few rows for the hash to choose any: the lowest one
-            lowest = min(train, key=group_key)
-            drawn[name] = [row for row in train if group_key(row) == group_key(lowest)]
-            train = [row for row in train if group_key(row) != group_key(lowest)]
-        sets[name] = tuple(drawn[name])
-    if len(train) < 2 or not sets["valid"]:
+    data, notes = folder.opened(data, recipe.folder)
+    prepared = prepare(data, recipe.folder)
+    if prepared.entry(0)[0].is_text:
+        raise DataError(f"{data.train} is plain text without questions and answers", "fine-tuning needs rows with both, or conversations")
+    sets: dict[str, list[Row]] = {name: [] for name in prepared.index.names}
+    changed: Counter[str] = Counter()
+    for finished in prepared.finished():
+        sets[finished.set].append(finished.row.stripped())
+        changed.update(change.step for change in finished.changes)
+    if len(sets["train"]) < 2 or not sets["valid"]:
+        usable = len(prepared.index)
         raise DataError(
-            f"{Path(data.train).name} has {len(table.rows)} usable {'row' if len(table.rows) == 1 else 'rows'}; fine-tuning needs at least {_LEAST_ROWS}",
+            f"{Path(data.train).name} has {usable} usable {'row' if usable == 1 else 'rows'}; fine-tuning needs at least {LEAST_ROWS}",
             "some rows must be kept to select and to report on; a useful bot wants a few hundred",
         )
-    return Dataset(tuple(train), sets.pop("valid"), {k: v for k, v in sets.items() if v}, tuple(dropped), table.columns)
+    train, valid, sealed = sets.pop("train"), sets.pop("valid"), sets.pop("sealed")
+    return Dataset(
+        tuple(train),
+        tuple(valid),
+        {name: tuple(rows) for name, rows in (*sets.items(), ("sealed", sealed)) if rows},
+        tuple(dropped(prepared)),
+        tuple(dict.fromkeys(prepared.sources["train"].mapping.values())),
+        (*notes, *_notes(prepared, changed)),
+    )
 
 
-def group_key(row: Row) -> str:
-    """Hash (hex) that keeps equal questions together. Version 1: NFKC, lower case, letters and digits only."""
-    text = unicodedata.normalize("NFKC", row.question).lower()
-    return hashlib.sha256(("1:" + "".join(c for c in text if c.isalnum())).encode("utf-8", "surrogatepass")).hexdigest()
+def dropped(prepared: Prepared) -> list[tuple[str, int, str]]:
+    """(file name, line, reason) of every record that was left out."""
+    index = prepared.index
+    unread = [(prepared.sources[name].path.name, record.line, record.reason) for name, record in prepared.unread if name == "train"]
+    left = [
+        (prepared.sources[index.names[index.origin[row]]].path.name, index.line[row], why.reason)
+        for row, why in sorted(prepared.assigned.left.items())
+    ]
+    return unread + left
 
 
-def _drawn_set(key: str, shares: Mapping[str, float]) -> str | None:
-    """`sealed` takes hashes from the bottom and `valid` from the top: changing one share moves no row of the other."""
-    point = int(key[:13], 16) / 16**13
-    if point < shares["sealed"]:
-        return "sealed"
-    return "valid" if point >= 1 - shares["valid"] and shares["valid"] else None
-
-
-def _read(recipe: recipes.Recipe, file: str) -> Table:
-    table = read(recipe.file(file), recipe.data)
-    if table.rows[0].is_text:
-        raise DataError(f"{file} is plain text without questions and answers", "fine-tuning needs rows with both, or conversations")
-    return table
+def _notes(prepared: Prepared, changed: Counter[str]) -> list[str]:
+    """What cleaning did and found, in sentences for the report; without a word of the rows themselves."""
+    notes = []
+    if changed:
+        steps = ", ".join(f"{n} by {step}" for step, n in changed.most_common())
+        notes.append(f"Cleaning changed the rows in {sum(changed.values())} places ({steps}); `edgelora data prepare` lists every one.")
+    if disagreeing := assign.contradictions(prepared.index, prepared.assigned):
+        notes.append(f"{len(disagreeing)} trained questions have more than one answer.")
+    home = prepared.assigned.home
+    if across := sum(home[row] >= 0 and home[like] >= 0 and home[row] != home[like] for row, like, _ in prepared.near):
+        notes.append(f"{across} rows are nearly the same as a row of another set; data.clean.near: drop leaves them out of training.")
+    if prepared.data.sealed_share and not prepared.counts["sealed"]:
+        notes.append(
+            "No row fell into `sealed`, so nothing is reported on unseen rows of this file: it holds too few, or name data.sealed."
+        )
+    return notes
