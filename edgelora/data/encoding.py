@@ -29,6 +29,7 @@ _STRAY = re.compile("[\x80-\x9f\uf8f0-\uf8f3]")
 _BEYOND_ASCII = re.compile("[^\x00-\x7f]")
 _ACCENTED = re.compile("[\u00c0-\u00ff\u0152\u0153\u0160\u0161\u0178\u017d\u017e]")
 _FOREIGN = re.compile("[\u00c0-\u00ff]{4}")
+_UNLIKELY = re.compile("[a-z][\u00c0-\u00de]|\u00ff")  # half of a UTF-8 character reads like this
 _MARKS_OF_PRINT = frozenset(
     "\u2018\u2019\u201a\u201c\u201d\u201e\u2013\u2014\u2026\u2022\u2122\u20ac"
     "\u00a0\u00a1\u00a3\u00a7\u00a9\u00aa\u00ab\u00ae\u00b0\u00b2\u00b3\u00b7\u00ba\u00bb\u00bc\u00bd\u00be\u00bf"
@@ -75,6 +76,11 @@ class _Survey:
         return self.kana / self.beyond if self.beyond else 0.0
 
     @property
+    def is_thin(self) -> bool:
+        """Whether a byte or two in a long text are all there is to go by: as likely damage as another encoding."""
+        return self.beyond <= 2 and self.characters > 50_000
+
+    @property
     def is_western(self) -> bool:
         """Accented letters stand among plain ones and print's own marks beside words; four in a row are another alphabet."""
         return self.western >= 0.95 * self.beyond and self.beyond < 0.3 * self.characters and not self.foreign
@@ -93,10 +99,10 @@ def detect(file: BinaryIO, name: str) -> str:
         return declared
     if wide := _wide(file, sample):
         return wide
-    if (where := _first_error(file)) is None:
+    if sample.count(0) > len(sample) / 4 or (where := _first_error(file)) is None:  # no text at all: who reads it says where
         return "utf-8"
     others = () if _damaged(file) else (*_JAPANESE, _WESTERN)
-    surveys = {name: found for name in others if (found := _survey(file, name))}
+    surveys = {name: found for name in others if (found := _survey(file, name)) and not found.is_thin}
     scores = {name: surveys[name].kana_share for name in _JAPANESE if name in surveys}
     best = max(scores, key=lambda encoding: scores[encoding], default=None)
     if best and scores[best] >= _PLAUSIBLE:
@@ -104,7 +110,7 @@ def detect(file: BinaryIO, name: str) -> str:
     if _WESTERN in surveys and surveys[_WESTERN].is_western:
         return _WESTERN
     guess = _library(sample) if others else None
-    if guess in _OTHERS and _survey(file, guess):
+    if guess in _OTHERS and (found := _survey(file, guess)) and not found.is_thin:
         return guess
     if best and (scores[best] >= 0 or len(scores) == 1):  # names may have no kana at all, postal tables many half-width ones
         return best
@@ -148,7 +154,7 @@ def _survey(file: BinaryIO, encoding: str) -> _Survey | None:
             found.characters += len(text)
             found.beyond += len(beyond)
             found.kana += len(_KANA.findall(text)) - len(_HALF_WIDTH.findall(text))
-            found.western += sum(c in _MARKS_OF_PRINT or bool(_ACCENTED.match(c)) for c in beyond)
+            found.western += sum(c in _MARKS_OF_PRINT or bool(_ACCENTED.match(c)) for c in beyond) - len(_UNLIKELY.findall(text))
             found.foreign |= bool(_FOREIGN.search(text))
     except (UnicodeDecodeError, LookupError):
         return None

@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,8 @@ from edgelora.errors import DataError
 from edgelora.recipe import Reading
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell half of a surrogate pair, which no encoding can write
+_FIRST = 100  # records, of which one at least must be whole
+_MOST_DROPPED = 100_000  # beyond that, and beyond the rows that were kept, the file is something else
 
 
 @dataclass
@@ -49,11 +52,18 @@ class Source:
     def rows(self) -> Iterator[Row]:
         """The rows from the start of the file. `dropped` fills on the way."""
         self.dropped.clear()
+        kept = 0
         for found in self:
             if isinstance(found, Row):
                 yield found
+                kept += 1
             else:
                 self.dropped.append((found.line, found.reason))
+                if len(self.dropped) > max(_MOST_DROPPED, kept):
+                    raise DataError(
+                        f"{self.path.name} {self.opened.counts} {found.line}: more than {_MOST_DROPPED:,} records make no row ({found.reason})",
+                        f"columns used: {', '.join(self.mapping.values())}; name others, or look at the file",
+                    )
 
     def __iter__(self) -> Iterator[Row | Dropped]:
         broken: list[Broken] = []
@@ -115,13 +125,12 @@ def open_source(path: Path, reading: Reading, *, answered: bool = True, lenient:
     all, that holds no records, or has no column that `reading` names.
     """
     name, opened = files.open_file(path, reading)
-    first = next((record for _, record in opened.records() if lenient or not isinstance(record, Broken)), None)
-    if first is None:
-        for _, record in opened.records():  # only broken ones: the first says how
-            if isinstance(record, Broken):
-                raise DataError(f"{path.name} {opened.counts} {record.line}: {record.reason}", record.hint)
+    first = list(islice((record for _, record in opened.records()), _FIRST))
+    if not first:
         raise DataError(f"{path.name} holds no rows", "put one question and answer on each line below the header")
-    sample: Mapping[str, Any] = {} if isinstance(first, Broken) else first
+    sample = next((record for record in first if not isinstance(record, Broken)), first[0])
+    if isinstance(sample, Broken):
+        raise DataError(f"{path.name} {opened.counts} {sample.line}: {sample.reason}", sample.hint)
     for what in ("question", "answer", "context", "group"):
         wanted = getattr(reading, what)
         if wanted is not None and wanted not in opened.columns and (answered or what != "answer"):

@@ -118,7 +118,7 @@ def _cells(path: Path, sheet: Any, *, blank: bool = False) -> Iterator[tuple[int
             if blank or any(cell not in (None, "") for cell in cells):
                 yield number, cells
     except (ParseError, ValueError, KeyError, TypeError, IndexError, AttributeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path.name} is damaged: {error}", "save it again as .xlsx or .csv") from error
+        raise DataError(f"{path.name} is damaged: {' '.join(str(error).split())[:200]}", "save it again as .xlsx or .csv") from error
 
 
 @contextlib.contextmanager
@@ -134,7 +134,8 @@ def _book(path: Path, *, values: bool) -> Iterator[Any]:
         try:
             book = openpyxl.load_workbook(stream, read_only=True, data_only=values, keep_links=False)
         except Exception as error:  # whatever a stranger's XML makes the library raise
-            raise DataError(f"{path.name} is not a readable Excel file: {error}", "save it again as .xlsx or .csv") from error
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{path.name} is not a readable Excel file: {reason}", "save it again as .xlsx or .csv") from error
         try:
             yield book
         finally:

@@ -7,16 +7,15 @@ from pathlib import Path
 
 from edgelora.data.encoding import encoding_of
 from edgelora.data.files import Opened
-from edgelora.data.files.json_value import as_record, parse
+from edgelora.data.files.json_value import as_record, columns, parse
 from edgelora.data.lines import lines
-from edgelora.data.row import Broken, Record
+from edgelora.data.row import Record
 from edgelora.recipe import Reading
 
 
 def open_file(path: Path, reading: Reading) -> Opened:
     encoding = encoding_of(path, reading.encoding)
-    first = next((record for _, record in _records(path, encoding) if not isinstance(record, Broken)), {})
-    return Opened(tuple(first), lambda: _records(path, encoding), encoding)
+    return Opened(columns(_records(path, encoding)), lambda: _records(path, encoding), encoding)
 
 
 def _records(path: Path, encoding: str) -> Iterator[tuple[int, Record]]:

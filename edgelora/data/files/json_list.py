@@ -10,9 +10,9 @@ from typing import Any, TextIO
 
 from edgelora.data.encoding import encoding_of
 from edgelora.data.files import Opened
-from edgelora.data.files.json_value import as_record
+from edgelora.data.files.json_value import as_record, columns
 from edgelora.data.lines import MAX_LINE, check, misencoded, open_text
-from edgelora.data.row import Broken, Record
+from edgelora.data.row import Record
 from edgelora.errors import DataError
 from edgelora.recipe import Reading
 
@@ -22,8 +22,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 def open_file(path: Path, reading: Reading) -> Opened:
     encoding = encoding_of(path, reading.encoding)
-    first = next((record for _, record in _records(path, encoding) if not isinstance(record, Broken)), {})
-    return Opened(tuple(first), lambda: _records(path, encoding), encoding, counts="row")
+    return Opened(columns(_records(path, encoding)), lambda: _records(path, encoding), encoding, counts="row")
 
 
 def _records(path: Path, encoding: str) -> Iterator[tuple[int, Record]]:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from edgelora.data.row import Broken, Record
 
 _LOOKS = 'a row looks like {"question": "...", "answer": "..."}'
+
+_FIRST = 100  # records
+
+
+def columns(records: Iterable[tuple[int, Record]]) -> tuple[str, ...]:
+    """The names in the first records, in the order in which they come: a record may leave some out."""
+    return tuple(
+        dict.fromkeys(name for _, record in islice(records, _FIRST) if not isinstance(record, Broken) for name in map(str, record))
+    )
 
 
 def parse(text: str, line: int) -> Any:

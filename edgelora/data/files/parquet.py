@@ -14,6 +14,8 @@ from edgelora.recipe import Reading
 
 _BATCH = 256  # rows
 _MAX_CHUNK = 1 << 30  # bytes of one column in one row group, unpacked
+_MAX_RATIO = 1000  # characters a byte of the file; real texts have up to 30
+_SMALL = 1 << 29  # characters; below this any ratio is harmless
 _MAX_HEADER = 1 << 27  # bytes and entries of the file's own description
 
 
@@ -29,13 +31,21 @@ def open_file(path: Path, reading: Reading) -> Opened:
 def _records(path: Path, strings: list[str]) -> Iterator[tuple[int, Record]]:
     import pyarrow
 
-    number = 0
+    number = characters = 0
+    most = max(_SMALL, _MAX_RATIO * path.stat().st_size)
     file = _file(path, strings)  # these stay references into their dictionary: a text repeated a million times is held once
     try:
         for batch in file.iter_batches(batch_size=_BATCH):
             for row in range(batch.num_rows):
                 number += 1
-                yield number, _record(number, batch, row)
+                record = _record(number, batch, row)
+                characters += 0 if isinstance(record, Broken) else sum(len(value) for value in record.values() if isinstance(value, str))
+                if characters > most:
+                    raise DataError(
+                        f"{path.name} row {number}: its texts are {_MAX_RATIO} times as large as the file",
+                        "the same long text in every row?",
+                    )
+                yield number, record
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         raise DataError(f"{path.name} row {number + 1}: {_first_line(error)}", "the file is damaged; write it again") from error
     finally:
