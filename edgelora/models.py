@@ -13,13 +13,16 @@ import io
 import json
 import math
 import re
+import tempfile
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 from edgelora import artifact
+from edgelora.data import chat
 from edgelora.errors import ModelError
+from edgelora.gguf_header import read_header
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Formats that run code when they are read. A folder that offers only these is refused.
@@ -101,7 +104,8 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer. A base without a chat template gets a plain one, which is then stored with what we write."""
+    """The folder's tokenizer. A base without a chat template gets a plain one, and one whose template refuses system messages
+    one that takes them; it is then stored with what we write."""
     from transformers import AutoTokenizer
 
     try:
@@ -114,9 +118,23 @@ def open_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{folder.name}: its tokenizer names no end-of-sequence token", "set eos_token in tokenizer_config.json")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _PLAIN_TEMPLATE
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = chat.taking_system(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_of(reference: str, folder: Path) -> Any:
+    """The tokenizer of a `base:` alone, as training would see it; of a GGUF or hub model no weight is read or fetched."""
+    found = find(reference, folder)
+    if isinstance(found, str):
+        return open_tokenizer(_hub_folder(found, weights=False))
+    if found.is_dir():
+        return open_tokenizer(found)
+    with tempfile.TemporaryDirectory() as work:
+        _gguf_tokenizer(found).save_pretrained(work)
+        return open_tokenizer(Path(work))
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -207,15 +225,14 @@ def _folder_key(folder: Path) -> str:
     return artifact.stage_key("folder", {p.name: artifact.sha256(p) for p in files if p.name != artifact.MANIFEST}, {}, {})
 
 
-def _hub_folder(reference: str) -> Path:
+def _hub_folder(reference: str, *, weights: bool = True) -> Path:
     """Download (or find in the local cache) a hub model; the snapshot folder's name is the commit."""
     from huggingface_hub import errors, snapshot_download
 
     name, _, revision = reference.partition("@")
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
-        )
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except errors.GatedRepoError as error:
         raise ModelError(f"base {name} is gated", "accept its licence on its hub page, then run `hf auth login` with your token") from error
     except errors.RepositoryNotFoundError as error:
@@ -234,15 +251,12 @@ def _hub_folder(reference: str) -> Path:
 def _from_gguf(path: Path, work: Path) -> dict[str, Any]:
     """Write a GGUF base as a Hugging Face folder in bf16, with a tokenizer that gives llama.cpp's ids."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import GgufConfig
 
-    from edgelora.gguf_header import read_header
-
-    header = read_header(path)  # a truncated or hostile file ends here, with a clear line
+    tokenizer = _gguf_tokenizer(path)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # it draws a progress bar that nothing else turns off
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
@@ -252,15 +266,28 @@ def _from_gguf(path: Path, work: Path) -> dict[str, Any]:
             )
     except Exception as error:
         raise ModelError(f"{path.name} cannot be read as a base: {error}", "use a GGUF of a text model that transformers knows") from error
-    _mend_tokenizer(tokenizer, str(header.metadata.get("tokenizer.ggml.pre", "")))
     as_dense(model).save_pretrained(work)
     tokenizer.save_pretrained(work)
     tidy(work, path.name)
     return {
         "parameters": model.num_parameters(),
         "architecture": model.config.model_type,
-        "gguf_pre_tokenizer": header.metadata.get("tokenizer.ggml.pre"),
+        "gguf_pre_tokenizer": read_header(path).metadata.get("tokenizer.ggml.pre"),
     }
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer of a GGUF base, which gives llama.cpp's ids. A truncated or hostile file ends here, with a clear line."""
+    from transformers import AutoTokenizer
+
+    header = read_header(path)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{path.name} cannot be read as a base: {error}", "use a GGUF of a text model that transformers knows") from error
+    _mend_tokenizer(tokenizer, str(header.metadata.get("tokenizer.ggml.pre", "")))
+    return tokenizer
 
 
 def _mend_tokenizer(tokenizer: Any, pre: str) -> None:
