@@ -57,16 +57,13 @@ def answer_scores(session: Session, rows: Sequence[Encoded]) -> list[np.ndarray]
     return [_score(session, row)[_predicting(row)] for row in rows]
 
 
-def divergence(reference: Session | Sequence[np.ndarray], session: Session, rows: Sequence[Encoded]) -> Divergence:
-    """How far `session` is from `reference` (a session, or its `answer_scores`) on the answer tokens of `rows`."""
+def divergence(reference: Session | Sequence[np.ndarray], model: Session | Sequence[np.ndarray], rows: Sequence[Encoded]) -> Divergence:
+    """How far `model` is from `reference` on the answer tokens of `rows`; each is a session, or its `answer_scores`."""
     nats, agreed, own, theirs = [], [], [], []
     for number, row in enumerate(rows):
         p, q = (
-            scores.astype(np.float64)
-            for scores in (
-                reference[number] if isinstance(reference, Sequence) else answer_scores(reference, [row])[0],
-                answer_scores(session, [row])[0],
-            )
+            (scorer[number] if isinstance(scorer, Sequence) else answer_scores(scorer, [row])[0]).astype(np.float64)
+            for scorer in (reference, model)
         )
         true = (np.arange(len(q)), np.array(row.ids)[list(row.trained)])
         nats.append(np.maximum(0.0, (np.exp(p) * (p - q)).sum()))  # rounding alone makes it negative

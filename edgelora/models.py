@@ -91,7 +91,9 @@ def shown(reference: str) -> str:
 def config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ModelError(f"{folder.name} is a LoRA adapter, not a model", "add it to its base first: edgelora merge")
+        raise ModelError(
+            f"{folder.name} is a LoRA adapter, not a model", "export its base with --adapter, or merge the two first: edgelora merge"
+        )
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgelora import artifact, check, machine, models, quality
+from edgelora import artifact, check, machine, models, quality, tuned
 from edgelora import bench as benches
 from edgelora import recipe as recipes
 from edgelora import report as reports
@@ -54,21 +54,27 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
     from edgelora.train.finetune import finetune
 
     adapter = finetune(recipe, base, dataset, out, lambda share, text: progress("fine-tune", share, text))
-    merged = merge(recipe, base, adapter, dataset, out, lambda share, text: progress("merge", share, text))
-    rows = verification_rows(recipe, base.folder, dataset)
+    model = tuned.tuned(base, recipe.base, adapter, recipe.data.system, dataset.labels if recipe.data.task == "classify" else ())
+    rows = selecting_rows(recipe, base.folder, dataset)
+    merged, modules = None, [exports.format_module(section.format) for section in recipe.exports]
+    if not all(module.MERGES for module in modules):
+        merged = merge(
+            model, recipe.merge.base, rows, recipe.evaluate, threads(recipe), out, lambda share, text: progress("merge", share, text)
+        )
+    written = replace(model, folder=merged.path, key=merged.key) if merged else model
     pairs = []
-    for number, section in enumerate(recipe.exports):
+    for number, (section, module) in enumerate(zip(recipe.exports, modules, strict=True)):
         made: list[Artifact] = []
-        for model, key, prefix in ((base.folder, base.key, "base-"), (merged.path, merged.key, "")):
+        for source, prefix in ((tuned.plain(base.folder, base.key), "base-"), (model if module.MERGES else written, "")):
             done = (2 * number + len(made)) / (2 * len(recipe.exports))
             made.append(
                 exports.export(
-                    model,
-                    key,
+                    source,
                     section,
                     name=f"{prefix}{recipe.name}",
                     rows=rows,
                     rows_from={"valid": "select"},
+                    merge_base=recipe.merge.base,
                     limits=recipe.evaluate,
                     threads=threads(recipe),
                     out=out,
@@ -96,11 +102,11 @@ def threads(recipe: recipes.Recipe) -> int:
     return recipe.threads or machine.cores()
 
 
-def verification_rows(recipe: recipes.Recipe, model: Path, dataset: Dataset) -> list[chat.Encoded]:
-    """The rows of `valid` on which an exported file is compared with the model it was made from."""
+def selecting_rows(recipe: recipes.Recipe, model: Path, dataset: Dataset) -> list[chat.Encoded]:
+    """The rows of `valid` that choose between merges; the first of them also verify every exported file."""
     tokenizer = models.open_tokenizer(model)
     fitting = chat.encode_all(tokenizer, dataset.selecting, recipe.train.max_tokens)
-    return [ids for _, ids in fitting[: recipe.evaluate.verify_rows]]
+    return [ids for _, ids in fitting[: max(recipe.evaluate.rows, recipe.evaluate.verify_rows)]]
 
 
 def bench(recipe: recipes.Recipe, made: Sequence[Artifact], out: Path, progress: Callable[[float, str], None]) -> Artifact:
@@ -122,7 +128,7 @@ def collect(
     base: models.Base,
     dataset: Dataset,
     adapter: Artifact,
-    merged: Artifact,
+    merged: Artifact | None,
     made: Sequence[Artifact],
     judged: Artifact,
     timed: Artifact,
@@ -143,8 +149,8 @@ def collect(
         "versions": {**adapter.versions, **made[0].versions} if made else dict(adapter.versions),
         "recipe": _shown(recipe),
         "commit": _commit(recipe.folder),
-        "training": {**adapter.facts, "model_16bit_bytes": merged.bytes},
-        "merge": dict(merged.facts),
+        "training": {**adapter.facts, **({"model_16bit_bytes": merged.bytes} if merged else {})},
+        **({"merge": dict(merged.facts)} if merged else {}),
         "files": files,
         **judged.facts,
         "bench": timed.facts["rows"],

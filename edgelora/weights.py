@@ -85,7 +85,29 @@ class Checkpoint:
         return self._places[name].read(start, stop)
 
 
-class Merged(Checkpoint):
+class Base(Checkpoint):
+    """What an adapter is added to: the weights of `folder` as they are ("16bit"), or as QLoRA training holds them ("nf4")."""
+
+    def __init__(self, folder: Path, held: str) -> None:
+        super().__init__(folder)
+        self._held = held
+        self._lock = threading.Lock()
+        self._rounded: tuple[str, _Nf4] | None = None  # of one tensor: ranges are asked for tensor by tensor
+
+    def _values(self, name: str, start: int, stop: int) -> np.ndarray:
+        if self._held == "nf4" and _LINEAR.fullmatch(name):
+            return self._nf4(name).values(start, stop)
+        return super()._values(name, start, stop)
+
+    def _nf4(self, name: str) -> _Nf4:
+        with self._lock:
+            if self._rounded is None or self._rounded[0] != name:
+                self._rounded = None  # free it before the next one is made
+                self._rounded = name, _Nf4(self._places[name])
+            return self._rounded[1]
+
+
+class Merged(Base):
     """W' = W + (alpha / r) B A, with W the base's own weights (`into` "16bit") or their NF4 form written out ("nf4").
 
     `adapter` is a folder in PEFT's format. Raises ModelError for one that holds anything but plain LoRA on matrices
@@ -93,11 +115,8 @@ class Merged(Checkpoint):
     """
 
     def __init__(self, folder: Path, adapter: Path, into: str) -> None:
-        super().__init__(folder)
-        self._into = into
+        super().__init__(folder, into)
         self._low_rank = low_rank(adapter, self.shapes)
-        self._lock = threading.Lock()
-        self._rounded: tuple[str, _Nf4] | None = None  # of one tensor: ranges are asked for tensor by tensor
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
         values = super().rows(name, first, last)
@@ -105,17 +124,6 @@ class Merged(Checkpoint):
             b, a = self._low_rank[name]
             values += b[first:last] @ a
         return values
-
-    def _values(self, name: str, start: int, stop: int) -> np.ndarray:
-        if self._into == "nf4" and _LINEAR.fullmatch(name):
-            return self._nf4(name).values(start, stop)
-        return super()._values(name, start, stop)
-
-    def _nf4(self, name: str) -> _Nf4:
-        with self._lock:
-            if self._rounded is None or self._rounded[0] != name:
-                self._rounded = name, _Nf4(self._places[name])
-            return self._rounded[1]
 
 
 class _Nf4:

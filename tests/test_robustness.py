@@ -314,7 +314,11 @@ MISTAKES: dict[str, tuple[Callable[[Path, Line], None], int, str]] = {
     "base with NaN": (_base("nan"), 3, "error: my-base: model.layers.1.mlp.up_proj.weight holds values that are no numbers\n"),
     "base cut short": (_base("short"), 3, "error: my-base/model.safetensors is damaged: "),
     "unknown architecture": (_base("foreign"), 3, "error: GGUF export does not know the architecture 'gpt2'\nknown: llama, "),
-    "adapter as base": (_base("adapter"), 3, "error: my-base is a LoRA adapter, not a model\nadd it to its base first: edgelora merge\n"),
+    "adapter as base": (
+        _base("adapter"),
+        3,
+        "error: my-base is a LoRA adapter, not a model\nexport its base with --adapter, or merge the two first: edgelora merge\n",
+    ),
     "GGUF cut short": (_base("gguf"), 3, "was it cut short?"),
 }
 
@@ -363,7 +367,11 @@ def test_a_damaged_adapter_is_not_merged(finished: Line, tmp_path: Path) -> None
 def test_commands_say_what_they_were_given_instead(finished: Line, tmp_path: Path) -> None:
     adapter, model, gguf = finished.one("adapter-*"), finished.one("model-*"), finished.one("gguf-*/*.gguf")
     export = edgelora("export", adapter, "--format", "gguf", cwd=tmp_path)
-    assert export == Done(3, "", f"error: {adapter.name} is a LoRA adapter, not a model\nadd it to its base first: edgelora merge\n")
+    assert export == Done(
+        3,
+        "",
+        f"error: {adapter.name} is a LoRA adapter, not a model\nexport its base with --adapter, or merge the two first: edgelora merge\n",
+    )
     merge = edgelora("merge", model, "--recipe", finished.recipe, cwd=tmp_path)
     assert merge == Done(2, "", f"error: {model}: expected an artifact of kind adapter, found model\nname a folder adapter-...\n")
     cut = tmp_path / "cut.gguf"

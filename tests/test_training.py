@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file
 
-from edgelora import artifact, evaluate, merge, models, report
+from edgelora import artifact, evaluate, models, report, weights
 from edgelora import recipe as recipes
 from edgelora.data import chat, split
 from edgelora.data.chat import Encoded
@@ -37,11 +37,22 @@ def nf4_written_out(weight: np.ndarray) -> np.ndarray:
     return np.asarray(bnb.dequantize_4bit(packed, state).numpy())
 
 
+def dense(base: Path, adapter: Path, into: str) -> Any:
+    """The merged model by bitsandbytes and PEFT, float32."""
+    from peft import PeftModel
+
+    model = load.load_base(base, "qlora" if into == "nf4" else "lora", torch.float32)
+    if into == "nf4":
+        model = models.as_dense(model.dequantize())
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+
+
 @pytest.mark.parametrize("into", ["16bit", "nf4"])
 def test_a_merge_is_w_plus_alpha_over_r_times_b_a(finished: Line, tiny_base: Path, into: str) -> None:
     adapter = finished.one("adapter-*")
     low_rank = load_file(adapter / "adapter_model.safetensors")
-    merged = {name: weight.numpy() for name, weight in merge.dense(tiny_base, adapter, into).state_dict().items()}
+    source = weights.Merged(tiny_base, adapter, into)
+    merged = {name: source.rows(name).reshape(shape) for name, shape in source.shapes.items()}
     base = bases_own(tiny_base)
     changed = 0
     for name, weight in base.items():
@@ -61,7 +72,7 @@ def test_the_kept_merge_is_the_better_one_in_bf16(finished: Line, tiny_base: Pat
     losses = {row["base"]: row["loss"] for row in facts["candidates"]}
     assert losses[facts["kept"]] == min(losses.values())
     assert report.read(finished.out)["merge"]["kept"] == facts["kept"]
-    expected = merge.dense(tiny_base, finished.one("adapter-*"), facts["kept"]).to(torch.bfloat16).state_dict()
+    expected = dense(tiny_base, finished.one("adapter-*"), facts["kept"]).to(torch.bfloat16).state_dict()
     from safetensors.torch import load_file as load_torch
 
     for name, weight in load_torch(model / "model.safetensors").items():
@@ -99,8 +110,8 @@ def test_trained_parameters_are_r_times_the_sides(tmp_path: Path, arch: str, tar
 
 def test_the_share_that_is_reported(finished: Line, tiny_base: Path) -> None:
     facts = artifact.load(finished.one("adapter-*")).facts
-    weights = load_file(finished.one("adapter-*") / "adapter_model.safetensors")
-    assert facts["trained_parameters"] == sum(w.size for w in weights.values()) == 4 * 3 * (128 + 96 + 96 + 128 + 3 * 160)
+    trained = load_file(finished.one("adapter-*") / "adapter_model.safetensors")
+    assert facts["trained_parameters"] == sum(w.size for w in trained.values()) == 4 * 3 * (128 + 96 + 96 + 128 + 3 * 160)
     assert facts["total_parameters"] == sum(w.size for w in bases_own(tiny_base).values())
     assert facts["trained_share"] == facts["trained_parameters"] / facts["total_parameters"]
     assert facts["full_finetune_bytes"] == 16 * facts["total_parameters"]

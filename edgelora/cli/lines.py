@@ -21,11 +21,13 @@ def training(facts: Any) -> list[str]:
     return lines + [f"note: {note}" for note in facts["notes"]]
 
 
-def file(facts: Any) -> str:
-    return (
+def file(facts: Any) -> list[str]:
+    merge = facts.get("merge")
+    return [
         f"{facts['file']}: {facts['size_bytes'] / 1e6:.1f} MB ({facts['predicted_bytes'] / 1e6:.1f} predicted); against the trained model: "
-        f"tokens and template equal, KL {facts['kl']:.3g} nats a token, top-1 {facts['top1']:.1%}, n = {facts['tokens']} tokens"
-    )
+        f"tokens and template equal, KL {facts['kl']:.3g} nats a token, top-1 {facts['top1']:.1%}, n = {facts['tokens']} tokens",
+        *([f"{facts['file']}: kept the {merge['kept']} merge: {merge['why']}"] if merge else []),
+    ]
 
 
 def bench(row: Any) -> str:
@@ -36,8 +38,11 @@ def bench(row: Any) -> str:
 
 
 def summary(document: Any) -> list[str]:
-    lines = [*training(document["training"]), f"merge: {document['merge']['why']}"]
-    lines += [file(row) for row in document["files"]]
+    lines = training(document["training"])
+    if "merge" in document:
+        lines.append(f"merge in 16 bits: kept {document['merge']['kept']}: {document['merge']['why']}")
+    for row in document["files"]:
+        lines += file(row)
     for row in document.get("losses", []):
         lines.append(
             f"{row['file']} on {row['set']} (n = {row['rows']}): loss {row['before']['loss']:.3f} -> {row['after']['loss']:.3f}, "

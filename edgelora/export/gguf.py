@@ -32,16 +32,24 @@ DEFAULT_TYPE = "q4_k_m"
 TYPES = {name: kind.about for name, kind in gguf_types.FILE_TYPES.items()}
 RUNTIME = "llama.cpp"
 REQUIRES = ("gguf", "llama_cpp")
+MERGES = True
 
 _RANGES_WAITING = 8  # of one tensor, quantized ahead of what is written
 
 
-def predict_bytes(model: Path, type: str, name: str = "", importance: Importance | None = None, tensor_types: Sequence[str] = ()) -> int:
+def predict_bytes(
+    model: Path,
+    type: str,
+    name: str = "",
+    importance: Importance | None = None,
+    tensor_types: Sequence[str] = (),
+    weights: Checkpoint | None = None,
+) -> int:
     """The exact size of what `write` would make with the same arguments, from headers alone.
 
     The header holds `name`: without it the answer is short by at most its length in UTF-8 plus 31 bytes of padding.
     """
-    layout = _Layout.of(model, type, name, importance, tensor_types)
+    layout = _Layout.of(model, type, name, importance, tensor_types, weights)
     return layout.data_start + sum(padded(tensor.bytes) for tensor in layout.tensors)
 
 
@@ -53,8 +61,12 @@ def write(
     progress: Callable[[float, str], None],
     importance: Importance | None = None,
     tensor_types: Sequence[str] = (),
+    weights: Checkpoint | None = None,
 ) -> Path:
     """Write ``folder/name-type.gguf`` from the Hugging Face folder `model` and return its path.
+
+    `weights`: where the weights come from if not from `model`, for instance a `Merged` that adds an adapter to each as
+    it is read; then `model` needs config.json and the tokenizer alone.
 
     `importance`: GGUF tensor name -> float32, shape (columns,), the mean square of each column's input; with it the
     quantizers weigh errors as llama.cpp does with an importance matrix. `tensor_types`: "PATTERN=TYPE", see
@@ -63,7 +75,7 @@ def write(
     Raises ModelError, naming the culprit, for a model that is damaged or that llama.cpp cannot run, and for a type that
     is noise without an importance matrix when there is none. No half file is left under the final name.
     """
-    layout = _Layout.of(model, type, name, importance, tensor_types)
+    layout = _Layout.of(model, type, name, importance, tensor_types, weights)
     layout.check_importance(type, importance or {})
     path = folder / f"{name}-{type}.gguf"
     partial = path.with_name(f".{path.name}.partial")
@@ -110,11 +122,19 @@ class _Layout:
     choices: Mapping[str, gguf_types.Choice]
 
     @classmethod
-    def of(cls, model: Path, type: str, name: str, importance: Importance | None, tensor_types: Sequence[str]) -> _Layout:
+    def of(
+        cls,
+        model: Path,
+        type: str,
+        name: str,
+        importance: Importance | None,
+        tensor_types: Sequence[str],
+        weights: Checkpoint | None = None,
+    ) -> _Layout:
         file_type = gguf_types.file_type(type)
         config = model_config(model)
         architecture = architectures.of(config.model_type)
-        checkpoint = Checkpoint(model)
+        checkpoint = weights or Checkpoint(model)
         sources = _matched(architecture.tensors(config), checkpoint, config)
         vectors = architecture.vectors(config)
         shapes = {key: checkpoint.shapes[source.name] for key, source in sources.items()} | {key: v.shape for key, v in vectors.items()}

@@ -28,6 +28,7 @@ TYPES = {
     "fp32": "no quantization: the reference",
 }
 RUNTIME = "onnxruntime"
+MERGES = False
 REQUIRES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "tokenizers", "torch", "transformers")
 
 _BUILDER = {  # type -> the builder's --precision and --extra_options

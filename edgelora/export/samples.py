@@ -24,13 +24,17 @@ _PAIRS = (
 )
 
 
-def rows(model: Path, file: Path | None) -> tuple[list[Encoded], Mapping[str, str]]:
-    """Encoded verification rows from `file`, or our own, and what to write into the manifest about them."""
+def rows(model: Path, file: Path | None, system: str | None = None) -> tuple[list[Encoded], Mapping[str, str]]:
+    """Encoded rows from `file` (evaluate.rows at most), or our own, and what to write into the manifest about them.
+
+    `system` is put before conversations without a system message, as it was in training.
+    """
     tokenizer = models.open_tokenizer(model)
     limits = recipes.Evaluate()
     if file is None:
-        found = [Row((("user", question), ("assistant", answer)), line) for line, (question, answer) in enumerate(_PAIRS, 1)]
+        before = (("system", system),) if system else ()
+        found = [Row((*before, ("user", question), ("assistant", answer)), line) for line, (question, answer) in enumerate(_PAIRS, 1)]
         source = "edgelora's own texts"
     else:
-        found, source = list(read(file).rows[: limits.verify_rows]), file.name
+        found, source = list(read(file, system=system).rows[: limits.rows]), file.name
     return [chat.encode(tokenizer, row) for row in found], {source: "select"}

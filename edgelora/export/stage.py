@@ -1,4 +1,4 @@
-"""Export: a merged model in, a file that ships out, opened again in the runtime that users will run it with."""
+"""Export: a tuned model in, a file that ships out, opened again in the runtime that users will run it with."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from edgelora import artifact, doctor
+from edgelora import artifact, doctor, evaluate, merge
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
 from edgelora.errors import UsageError
 from edgelora.export import FORMATS, verify
+from edgelora.export.reference import Reference
+from edgelora.runtime import runtime
+from edgelora.tuned import Tuned
+from edgelora.weights import Checkpoint
 
 Progress = Callable[[float, str], None]
 
@@ -41,36 +45,74 @@ def resolve(section: recipes.Export) -> recipes.Export:
 
 
 def export(
-    model: Path,
-    key: str,
+    model: Tuned,
     section: recipes.Export,
     *,
     name: str,
     rows: Sequence[Encoded],
     rows_from: Mapping[str, str],
+    merge_base: str = recipes.Merge.base,
     limits: recipes.Evaluate,
     threads: int,
     out: Path,
     prefix: str = "",
     progress: Progress,
 ) -> Artifact:
-    """Write `model` (a Hugging Face folder with content `key`) in one format and verify it on `rows`.
+    """Write `model` in one format and verify it against the model as trained, on the first of `rows`.
 
+    An adapter that has not been merged yet is merged on the way. Where it can go into two bases and `merge_base` is
+    "auto", both files are written and measured on all `rows`, in the runtime of their users; the better one is kept.
     `rows_from` says which data set the rows are and what it served for. A file that fails its verification raises
     VerifyError and is not left under its final name.
     """
     section = resolve(section)
     module = format_module(section.format)
     kind = str(section.type)
+    bases: tuple[str | None, ...] = (None,) if model.folder else model.into(merge_base)
+    if not (model.folder or module.MERGES):
+        raise UsageError(f"{section.format} is written from a merged model", "merge the adapter first: edgelora merge")
+    checked = rows[: limits.verify_rows]
 
     def make(folder: Path) -> dict[str, Any]:
-        progress(0.0, f"writing {section.format} {kind}")
-        predicted = module.predict_bytes(model, kind, name)
-        written = module.write(model, kind, folder, name, lambda share, text: progress(0.8 * share, text))
-        progress(0.8, f"opening {written.name} in {module.RUNTIME}")
         scratch = folder / ".scratch"
-        found = verify.verify(model, written, module.RUNTIME, rows, limits.max_kl, threads, lambda: _full_precision(module, model, scratch))
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        described = model.folder or model.describe(scratch)
+
+        def weights(base: str | None) -> dict[str, Any]:
+            return {} if base is None else {"weights": model.merged(base)}
+
+        def write(base: str | None, type: str, place: Path, step: Progress) -> Path:
+            place.mkdir(exist_ok=True)
+            return Path(module.write(described, type, place, name, step, **weights(base)))
+
+        progress(0.0, "running the model as trained")
+        reference = model.as_trained(rows if len(bases) > 1 else checked, threads)
+        tried, files = [], {}
+        for number, base in enumerate(bases):
+            step = _part(progress, 0.1 + 0.7 * number / len(bases), 0.7 / len(bases))
+            files[base] = write(base, kind, scratch / str(base), step)
+            if len(bases) > 1:
+                with runtime(module.RUNTIME).open(files[base], threads) as session:
+                    tried.append(merge.Candidate(str(base), evaluate.divergence(reference, session, rows)))
+        kept, facts = bases[0], {}
+        if tried:
+            chosen, why = merge.choose(tried, limits.max_kl)
+            kept, facts = chosen.base, {"merge": {"kept": chosen.base, "why": why, "candidates": [c.as_row() for c in tried]}}
+        written = files[kept].rename(folder / files[kept].name)
+        progress(0.8, f"opening {written.name} in {module.RUNTIME}")
+        found = verify.verify(
+            described,
+            written,
+            module.RUNTIME,
+            reference,
+            checked,
+            limits.max_kl,
+            threads,
+            full_precision=lambda: write(kept, _widest(module), scratch / "widest", lambda share, text: None),
+            merged=lambda: Reference(described, weights(kept).get("weights") or Checkpoint(described), None, checked, threads),
+        )
+        predicted = module.predict_bytes(described, kind, name, **weights(kept))
+        shutil.rmtree(scratch)
         return {
             "file": written.name,
             "format": section.format,
@@ -79,7 +121,8 @@ def export(
             "size_bytes": size_bytes(written),
             "predicted_bytes": predicted,
             **found,
-            **_labels(model),
+            **facts,
+            **({"labels": list(model.labels)} if model.labels else {}),
         }
 
     return artifact.build(
@@ -87,21 +130,16 @@ def export(
         f"{prefix}{section.format}-{kind}",
         "export",
         make,
-        made_from={
-            "model": key,
-            **{f"rows.{n}": n for n in rows_from},
-            "rows": artifact.stage_key("rows", {}, {"ids": [r.ids for r in rows]}, {}),
-        },
-        recipe={"format": section.format, "type": kind, "name": name, "max_kl": limits.max_kl},
+        made_from={"model": model.key, **{f"rows.{n}": n for n in rows_from}, "rows": merge.rows_key(rows if len(bases) > 1 else checked)},
+        recipe={"format": section.format, "type": kind, "name": name, "max_kl": limits.max_kl, "into": list(bases)},
         versions=artifact.versions_of("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
         rows=rows_from,
     )
 
 
-def _labels(model: Path) -> dict[str, Any]:
-    """The labels of a merged classifier, so that whoever has the exported file's folder need not name them."""
-    known = (model / artifact.MANIFEST).is_file() and artifact.load(model).facts.get("labels")
-    return {"labels": known} if known else {}
+def _part(progress: Progress, done: float, part: float) -> Progress:
+    """Progress of one step as a part of all of them."""
+    return lambda share, text: progress(done + part * share, text)
 
 
 def exported_path(made: Artifact) -> Path:
@@ -114,8 +152,6 @@ def size_bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
-def _full_precision(module: ModuleType, model: Path, scratch: Path) -> Path:
-    """The same model in the format's widest type, to tell rounding from a wrong conversion."""
-    scratch.mkdir(exist_ok=True)
-    widest = "f16" if "f16" in module.TYPES else "fp32"
-    return Path(module.write(model, widest, scratch, "widest", lambda share, text: None))
+def _widest(module: ModuleType) -> str:
+    """The format's widest type, to tell rounding from a wrong conversion."""
+    return "f16" if "f16" in module.TYPES else "fp32"

@@ -1,4 +1,4 @@
-"""Compare an exported file, opened in its real runtime, with the model it was made from, and name the culprit.
+"""Compare an exported file, opened in its real runtime, with the model as it was trained, and name the culprit.
 
 In the order in which one fault hides behind another: tokenizer, chat template, end-of-sequence, then the numbers.
 """
@@ -13,8 +13,8 @@ from edgelora import evaluate, models
 from edgelora.data import chat, template
 from edgelora.data.chat import Encoded
 from edgelora.errors import VerifyError
+from edgelora.export.reference import Reference
 from edgelora.runtime import Session, runtime
-from edgelora.runtime.torch_reference import open as open_torch
 
 _EXACT_KL = 0.01  # nats a token that a file in the widest type may be away; f16 is near 1e-5
 
@@ -39,27 +39,31 @@ def verify(
     model: Path,
     exported: Path,
     runtime_name: str,
+    reference: Reference,
     rows: Sequence[Encoded],
     max_kl: float,
     threads: int,
     full_precision: Callable[[], Path],
+    merged: Callable[[], Reference],
 ) -> dict[str, Any]:
-    """Facts about `exported` against the Hugging Face folder `model`; VerifyError names what differs.
+    """Facts about `exported` against `reference`, the model as trained, on `rows`; VerifyError names what differs.
 
-    `full_precision` writes the same model in the format's widest type; it is called only to tell coarse weights from
-    a wrong conversion.
+    `model` is the folder whose configuration and tokenizer it was written with. `reference` begins with `rows`.
+    `full_precision` writes the same model in the format's widest type, `merged` runs the weights it was written from;
+    they are called only to tell coarse weights from a wrong conversion or a merge that went away from what was trained.
     """
     tokenizer = models.open_tokenizer(model)
-    with runtime(runtime_name).open(exported, threads) as session, open_torch(model, threads) as reference:
+    with runtime(runtime_name).open(exported, threads) as session:
         _same_tokens(tokenizer, session, exported, rows)
         _same_template(tokenizer, session, exported)
-        _same_end(tokenizer, reference, session, exported)
+        _same_end(tokenizer, reference.stop_ids, session, exported)
         measured = evaluate.divergence_summary(evaluate.divergence(reference, session, rows))
-        if not measured["kl"] <= max_kl:  # also catches NaN
-            raise VerifyError(
-                f"{exported.name}: KL {measured['kl']:.3g} nats a token from the trained model, more than evaluate.max_kl = {max_kl}",
-                _culprit(reference, rows, runtime_name, threads, full_precision),
-            )
+    if not measured["kl"] <= max_kl:  # also catches NaN
+        with runtime(runtime_name).open(full_precision(), threads) as widest:
+            culprit = _culprit(reference, widest, rows, merged)
+        raise VerifyError(
+            f"{exported.name}: KL {measured['kl']:.3g} nats a token from the trained model, more than evaluate.max_kl = {max_kl}", culprit
+        )
     return {**measured, "tokens_equal": True, "template_equal": True}
 
 
@@ -87,10 +91,10 @@ def _same_template(tokenizer: Any, session: Session, exported: Path) -> None:
             )
 
 
-def _same_end(tokenizer: Any, reference: Session, session: Session, exported: Path) -> None:
+def _same_end(tokenizer: Any, stop_ids: Sequence[int], session: Session, exported: Path) -> None:
     """An answer ends with the token that training taught, and otherwise only with marks: runtimes add those they know by name."""
     marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    strange = set(session.stop_ids) - marks - set(reference.stop_ids)
+    strange = set(session.stop_ids) - marks - set(stop_ids)
     if strange or session.stop_ids[:1] != (tokenizer.eos_token_id,):
         raise VerifyError(
             f"{exported.name}: end-of-sequence differs: the model stops at id {tokenizer.eos_token_id}, the file at {list(session.stop_ids)}",
@@ -98,9 +102,16 @@ def _same_end(tokenizer: Any, reference: Session, session: Session, exported: Pa
         )
 
 
-def _culprit(reference: Session, rows: Sequence[Encoded], runtime_name: str, threads: int, full_precision: Callable[[], Path]) -> str:
-    with runtime(runtime_name).open(full_precision(), threads) as widest:
-        kl = evaluate.divergence_summary(evaluate.divergence(reference, widest, rows))["kl"]
-    if kl <= _EXACT_KL:
-        return f"the culprit is the weights: in full precision the KL is {kl:.2g}, so this type is too coarse for this model; choose a larger one"
-    return f"the culprit is the conversion or the runtime: even in full precision the KL is {kl:.2g}"
+def _culprit(reference: Reference, widest: Session, rows: Sequence[Encoded], merged: Callable[[], Reference]) -> str:
+    def kl(one: Session | Reference, other: Session | Reference) -> float:
+        return float(evaluate.divergence_summary(evaluate.divergence(one, other, rows))["kl"])
+
+    away = kl(reference, widest)
+    if away <= _EXACT_KL:
+        return f"the culprit is the weights: in full precision the KL is {away:.2g}, so this type is too coarse for this model; choose a larger one"
+    weights = merged()
+    if kl(weights, widest) <= _EXACT_KL:
+        return (
+            f"the culprit is the merge: in full precision it is {kl(reference, weights):.2g} from the trained model; write merge.base: nf4"
+        )
+    return f"the culprit is the conversion or the runtime: even in full precision the KL is {away:.2g}"

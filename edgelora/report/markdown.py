@@ -29,8 +29,7 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
     blocks += [_table(tables.files(doc)), _table(tables.losses(doc)), _table(tables.accuracy(doc))]
     blocks += [_folded("Checks", [checks]) if not (failed or unjudged) else ""]
     blocks += [_folded("Speed and memory", [_table(tables.bench(doc))])]
-    merge = tables.section(doc, "merge")
-    blocks += [_folded("Merge", [_table(tables.merge(doc)), escape(merge.get("why") or "")])]
+    blocks += [_folded("Merge", [_table(tables.merge(doc)), *map(escape, tables.merge_words(doc))])]
     train = [_pairs(tables.training(doc)), *_notes(tables.section(doc, "training"))]
     blocks += [_folded("Training", train)]
     versions = tables.section(doc, "versions")

@@ -164,11 +164,7 @@ def _words(words: str) -> Markup:
 
 
 def _merge(doc: Mapping[str, Any]) -> list[Markup]:
-    merge = tables.section(doc, "merge")
-    kept, why = merge.get("kept"), merge.get("why")
-    words = f"Kept: {tables.merge_name(kept)}. " if kept else ""
-    said = (words + (why or "")).strip()
-    return [tag("p", said) if said else NOTHING, _table(tables.merge(doc))]
+    return [*(tag("p", words) for words in tables.merge_words(doc)), _table(tables.merge(doc))]
 
 
 def _machine(doc: Mapping[str, Any]) -> Markup:

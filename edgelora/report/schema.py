@@ -29,6 +29,11 @@ MACHINE = {
     "gpu": str,
     "load_average": float,
 }
+_MERGE = {  # measured on valid rows; kl: to the model as training left it
+    "kept": str,
+    "why": str,
+    "candidates": [{"base": str, "loss": float, "kl": float, "kl_low": float, "kl_high": float, "top1": float, "rows": int, "tokens": int}],
+}
 REPORT: dict[str, Any] = {
     "schema": int,
     "name": str,
@@ -55,13 +60,7 @@ REPORT: dict[str, Any] = {
         "model_16bit_bytes": int,  # size of the merged 16-bit model that the files are made from
         "notes": [str],
     },
-    "merge": {  # measured on valid rows; kl: to the model as training left it
-        "kept": str,
-        "why": str,
-        "candidates": [
-            {"base": str, "loss": float, "kl": float, "kl_low": float, "kl_high": float, "top1": float, "rows": int, "tokens": int}
-        ],
-    },
+    "merge": _MERGE,  # of the 16-bit model that formats which cannot merge on the way are made from
     "files": [  # the first one is the one that ships
         {
             "file": str,
@@ -78,6 +77,7 @@ REPORT: dict[str, Any] = {
             "tokens": int,
             "tokens_equal": bool,
             "template_equal": bool,
+            "merge": _MERGE,
             "sha256": str,
         }
     ],

@@ -156,19 +156,36 @@ def disturbed(row: Row) -> str:
     return (row.get("noisy_why") or "other work on the machine") if row.get("noisy") else ""
 
 
+def merges(doc: Row) -> list[Row]:
+    """What chose a merge: each file of a format that merges on the way, and the 16-bit model of the others."""
+    found = [{**section(row, "merge"), "file": row.get("file")} for row in rows(doc, "files") if row.get("merge")]
+    own = section(doc, "merge")
+    return [*found, *([{**own, "file": "16-bit model"}] if own else [])]
+
+
 def merge(doc: Row) -> Table:
-    kept = section(doc, "merge").get("kept")
+    tried = [{**row, "file": m["file"], "kept": m.get("kept") == row.get("base")} for m in merges(doc) for row in rows(m, "candidates")]
     return tabulate(
-        rows(section(doc, "merge"), "candidates"),
+        tried,
         [
+            Column("File", text("file"), numeric=False),
             Column("Merged into", lambda row: merge_name(row.get("base")), numeric=False),
             Column("Loss on valid", _of("loss", f.loss)),
             Column("KL to the trained model", lambda row: f.within(row.get("kl"), row.get("kl_low"), row.get("kl_high"), f.number)),
             Column("Same top token", _of("top1", f.percent)),
             Column("n", lambda row: f.sample(row.get("rows"), row.get("tokens"))),
-            Column("Kept", lambda row: f"{PASS}kept" if kept and row.get("base") == kept else "", numeric=False),
+            Column("Kept", lambda row: f"{PASS}kept" if row["kept"] else "", numeric=False),
         ],
     )
+
+
+def merge_words(doc: Row) -> list[str]:
+    """A sentence a choice: which merge, and why."""
+    return [
+        f"{m['file'] or 'the file'}: {merge_name(m.get('kept'))} was kept" + (f": {m['why']}" if m.get("why") else "")
+        for m in merges(doc)
+        if m.get("kept")
+    ]
 
 
 def merge_name(base: Any) -> str:

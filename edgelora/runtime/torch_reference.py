@@ -58,7 +58,7 @@ class TorchSession:
         self.chat_template: str | None = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
         self.special_tokens = {name: text for name, text in named.items() if text}
-        self.stop_ids = _stop_ids(model, tokenizer)
+        self.stop_ids = stop_ids(model, tokenizer)
 
     def tokenize(self, text: str) -> list[int]:
         self._check_open()
@@ -130,7 +130,7 @@ class TorchSession:
             raise EdgeloraError("this torch session is closed", "open the folder again")
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """The tokenizer's end of sequence first, then those that generation_config.json adds (one id or a list of them)."""
     more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
