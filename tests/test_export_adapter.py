@@ -49,7 +49,7 @@ def test_the_command_measures_both_merges(finished: Line, tiny_base: Path, tmp_p
         "--format",
         "gguf",
         "--type",
-        "q4_0",
+        "q8_0",
         "--threads",
         1,
         "--out",

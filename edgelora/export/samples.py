@@ -36,5 +36,5 @@ def rows(model: Path, file: Path | None, system: str | None = None) -> tuple[lis
         found = [Row((*before, ("user", question), ("assistant", answer)), line) for line, (question, answer) in enumerate(_PAIRS, 1)]
         source = "edgelora's own texts"
     else:
-        found, source = list(read(file, system=system).rows[: limits.rows]), file.name
+        found, source = list(read(file, recipes.Reading(system=system)).rows[: limits.rows]), file.name
     return [chat.encode(tokenizer, row) for row in found], {source: "select"}
