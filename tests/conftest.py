@@ -12,6 +12,7 @@ from tests.line import Line, walk, without_network
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--corpora", type=Path, help="Folder with text corpora (lm/*.txt, faq_ja/*) for the token parity tests.")
+    parser.addoption("--llama-cpp", type=Path, help="Folder of llama.cpp: vendor/llama.cpp of llama-cpp-python's unpacked sdist.")
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +20,14 @@ def corpora(request: pytest.FixtureRequest) -> Path:
     folder = request.config.getoption("--corpora")
     if folder is None:
         pytest.skip("name a folder of corpora with --corpora DIR")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_sources(request: pytest.FixtureRequest) -> Path:
+    folder = request.config.getoption("--llama-cpp")
+    if folder is None:
+        pytest.skip("name llama.cpp's folder with --llama-cpp DIR (vendor/llama.cpp of llama-cpp-python's unpacked sdist)")
     return Path(folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from edgelora.export.reference import Reference
 from edgelora.runtime import runtime
 from edgelora.tuned import Tuned, tuned
 from edgelora.weights import Checkpoint
+from tests.gguf_files import rewritten
 from tests.line import Line, edgelora, finished_folders
 
 MAX_KL = 0.2  # 8 bits are about 0.04 away from this tiny model
@@ -78,27 +79,6 @@ def refused(check: Verify) -> Callable[..., tuple[str, str]]:
         return caught.value.message, caught.value.hint
 
     return run
-
-
-def rewritten(
-    source: Path, target: Path, change: Mapping[str, Any], weights: Callable[[str, np.ndarray], np.ndarray] | None = None
-) -> Path:
-    """A copy of a GGUF file with other metadata, and with the raw bytes of its tensors changed."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            kinds = [*field.types, None]
-            writer.add_key_value(name, change.get(name, field.contents()), kinds[0], kinds[1] if len(field.types) > 1 else None)
-    assert change.keys() <= reader.fields.keys()
-    for tensor in reader.tensors:
-        data = np.array(tensor.data)
-        writer.add_tensor(tensor.name, weights(tensor.name, data) if weights else data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
 
 
 @pytest.fixture
