@@ -284,6 +284,6 @@ def _shards(model: Path) -> dict[Path, list[str] | None]:
             names = shards.setdefault(model / file, [])
             if names is not None:
                 names.append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} is damaged: {error}", "copy the model again") from error
     return shards

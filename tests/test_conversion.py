@@ -5,6 +5,7 @@ The models are tiny and say something (tests/tiny_models.py), so a wrong rotatio
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,14 +91,14 @@ def test_missing_rope_factors(model: Get) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_wrong_norm_eps(arch: str, model: Get) -> None:
-    wide = model(arch, "wide eps", rms_norm_eps=0.1)
+    wide = model(arch, "wide eps", rms_norm_eps=1.0 if arch == "gemma3_text" else 0.1)
     assert wide.kl_when({}) < 1e-4
     assert wide.kl_when({"attention.layer_norm_rms_epsilon": 1e-5}) > UNMISTAKABLE
 
 
 @pytest.mark.parametrize("bias", ["attn_q.bias", "attn_k.bias", "attn_v.bias"])
 def test_a_missing_bias(bias: str, model: Get) -> None:
-    assert model("qwen2").kl_when({}, lambda n, d: np.zeros_like(d) if n.endswith(bias) else d) > (0 if bias == "attn_k.bias" else 1) * UNMISTAKABLE
+    assert model("qwen2").kl_when({}, lambda n, d: np.zeros_like(d) if n.endswith(bias) else d) > UNMISTAKABLE
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])
@@ -124,19 +125,26 @@ def test_a_head_that_is_lost(arch: str, model: Get) -> None:
 
 # ---- llama.cpp's own converter ----
 
-# Keys that only one side writes, or that say the same in another way; everything else must be equal.
-OURS_ALONE = {"general.quantization_version"}
+# What the oracle names by its own taste; the other keys are equal, and ours say some defaults aloud that the oracle leaves out.
+TASTE = {"general.name", "general.size_label"}
+# Of a SentencePiece tokenizer without SentencePiece's file the oracle writes no scores (all -1000), with which llama.cpp
+# would split text otherwise than the model was trained; ours come from the merges, and ids are equal (test_gguf_export.py).
+WITHOUT_SCORES = {"tokenizer.ggml.scores", "tokenizer.ggml.token_type"}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tensors_and_keys_are_those_of_llama_cpps_converter(arch: str, llama_cpp_sources: Path, tmp_path: Path) -> None:
+    # In bfloat16: the oracle adds Gemma's one to a norm in the type it is stored in, and in float16 that rounds it (by 5e-4).
     model = tiny_model(arch, tmp_path / "tiny", dtype=torch.bfloat16)
     ours = gguf.GGUFReader(export.write(model, "f16", tmp_path, "tiny", quiet))
     command = [sys.executable, ROOT / "tests" / "llama_cpp_converter.py", llama_cpp_sources, model, tmp_path / "theirs.gguf"]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     theirs = gguf.GGUFReader(tmp_path / "theirs.gguf")
-    for reader in (ours, theirs):
-        assert len({tensor.name for tensor in reader.tensors}) == len(reader.tensors)
     found, wanted = ({t.name: (t.tensor_type, t.data.tobytes()) for t in reader.tensors} for reader in (ours, theirs))
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if found[name] != wanted[name]] == []
+    keys = theirs.fields.keys() - TASTE - (WITHOUT_SCORES if arch == "mistral" else set())
+    assert "tokenizer.ggml.tokens" in keys or arch in ("phi3", "gemma3_text")
+    for key in (key for key in keys if not key.startswith("GGUF.")):
+        assert (key, ours.fields[key].contents()) == (key, theirs.fields[key].contents())
+        assert ours.fields[key].types == theirs.fields[key].types
