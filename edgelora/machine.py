@@ -58,10 +58,18 @@ def memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """What can be allocated now without swapping, within the cgroup's limit; all memory where the kernel makes no estimate."""
+    """What can be allocated now without swapping, within the cgroup's limit and the process's own (`ulimit -d`).
+
+    All memory where the kernel makes no estimate.
+    """
     match = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.M)
-    free = int(match[1]) * 1024 if match else memory_bytes()
-    return min([free, *(max(0, limit - used) for limit, used in cgroup_memory(_CGROUPS, _read("/proc/self/cgroup")))])
+    free = [int(match[1]) * 1024 if match else memory_bytes()]
+    free += [limit - used for limit, used in cgroup_memory(_CGROUPS, _read("/proc/self/cgroup"))]
+    own, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    data = re.search(r"^VmData:\s+(\d+) kB", _read("/proc/self/status"), re.M)
+    if own != resource.RLIM_INFINITY and data:
+        free.append(own - int(data[1]) * 1024)
+    return max(0, min(free))
 
 
 def peak_rss_bytes() -> int:

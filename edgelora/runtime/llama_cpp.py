@@ -1,10 +1,10 @@
 """llama.cpp on the CPU, through llama-cpp-python's bindings of its C API (llama.h).
 
 The high-level ``Llama`` class keeps the logits of a whole sequence and asks for all or none of them; the C API lets us
-ask for just the rows that are scored. The settings are llama.cpp's own (an F16 key-value cache, weights memory-mapped and
-repacked for this processor) with one exception: its flash attention rounds otherwise below 64 tokens at once than above,
-so that a score would depend on how the text was cut into batches (by a KL of 0.004 on a Q4_1 model). Scores are taken
-without it; `generate` runs as users run it.
+ask for just the rows that are scored. The settings are llama.cpp's own (an F16 key-value cache, weights memory-mapped and,
+where memory has room for the copy, repacked for this processor) with one exception: its flash attention rounds otherwise
+below 64 tokens at once than above, so that a score would depend on how the text was cut into batches (by a KL of 0.004 on
+a Q4_1 model). Scores are taken without it; `generate` runs as users run it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Self
 import llama_cpp
 import numpy as np
 
+from edgelora import machine
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
 from edgelora.gguf_header import Array, Header, read_header
 
@@ -96,6 +97,8 @@ class Vocabulary:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
         params.vocab_only = vocab_only
+        # Repacking copies the weights out of the memory map. Where there is no room for that they are read as they lie.
+        params.use_extra_bufts = path.stat().st_size < machine.available_memory_bytes() // 2
         _errors.clear()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
