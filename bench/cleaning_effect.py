@@ -31,7 +31,8 @@ import numpy as np
 SETS = {"freebsd_faq_ja": "freebsd_faq_ja.csv", "vaccinecert_faq": "vaccinecert_faq.json"}
 VARIANTS = ("raw", "cleaned")
 TEXTS = {"raw": "sealed-raw.jsonl", "cleaned": "sealed.jsonl"}  # of the cleaned folder
-EPOCHS = {"freebsd_faq_ja": 3.0, "vaccinecert_faq": 6.0}
+EPOCHS = {"freebsd_faq_ja": 4.0, "vaccinecert_faq": 5.0}
+BATCH = {"freebsd_faq_ja": 16, "vaccinecert_faq": 8}
 DRAWS = 10_000
 
 
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                             "method": options.method,
                             "lr": 5e-4,
                             "epochs": options.epochs or EPOCHS[name],
-                            "batch": options.batch,
+                            "batch": options.batch or BATCH[name],
                             "accumulate": 1,
                             "max_tokens": options.max_tokens,
                             "patience": 0,
@@ -131,7 +132,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine.describe(),
         "versions": artifact.versions_of("torch", "transformers", "peft", "bitsandbytes"),
         "base": base.name,
-        "settings": {name: getattr(options, name) for name in ("method", "seeds", "batch", "max_tokens", "epochs")} | {"epochs_of": EPOCHS},
+        "settings": {name: getattr(options, name) for name in ("method", "seeds", "batch", "max_tokens", "epochs")}
+        | {"epochs_of": EPOCHS, "batch_of": BATCH},
         "sets": sets,
     }
 
@@ -238,7 +240,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path)
     parser.add_argument("--method", choices=["lora", "qlora"], default="lora")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--max-tokens", type=int, default=1536)
     parser.add_argument("--most", type=int, help="rows of every set at most, to try it out")
