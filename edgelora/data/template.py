@@ -7,11 +7,15 @@ templates that ask for the date (Llama 3.2) fall back to the one written in them
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NoReturn
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgelora.errors import ModelError
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import SandboxedEnvironment
 
 _MAX_TEMPLATE = 1 << 17  # characters
 _MAX_TEXT = 1 << 22  # characters a template may produce
@@ -22,8 +26,6 @@ def render(template: str | None, messages: Sequence[tuple[str, str]], special_to
 
     ModelError when there is no template or it fails.
     """
-    from jinja2.exceptions import TemplateError
-
     if not template:
         raise ModelError("the file carries no chat template", "export it again from a model with one")
     if len(template) > _MAX_TEMPLATE:
@@ -44,7 +46,9 @@ def render(template: str | None, messages: Sequence[tuple[str, str]], special_to
             if length > _MAX_TEXT:
                 raise ModelError("the file's chat template writes without end", "do not trust this file")
             pieces.append(piece)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a template is a program from outside: whatever it raises is its own fault
         raise ModelError(
             f"the chat template fails: {error}", "use a model whose template takes these turns (system, user and assistant)"
         ) from error
@@ -56,7 +60,6 @@ def _compiled(template: str) -> Any:
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
         """{% generation %} marks what the assistant says for one library's masks; here it is text like any other."""
@@ -70,7 +73,39 @@ def _compiled(template: str) -> Any:
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+    environment = _sandbox()(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.globals["raise_exception"] = refuse
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     return environment.from_string(template)
+
+
+@cache
+def _sandbox() -> type[SandboxedEnvironment]:
+    """Jinja's sandbox, in which no operator makes a text or number of more than _MAX_TEXT characters, bytes or digits."""
+    from jinja2.exceptions import SecurityError
+    from jinja2.runtime import Context
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def size(value: Any) -> int:
+        return len(value) if isinstance(value, (str, list, tuple)) else 0
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**", "%", "+"))
+
+        def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+            large: float
+            if operator == "+":
+                large = size(left) + size(right)
+            elif operator == "*":
+                numbers = [value for value in (left, right) if isinstance(value, (int, float))]
+                large = max(size(left), size(right)) * max([1, *(abs(n) for n in numbers)])
+            elif operator == "**":
+                large = abs(right) * 64 if isinstance(right, (int, float)) else 0
+            else:  # a width such as %1000000000d
+                digits = re.findall(r"\d+", left) if isinstance(left, str) else []
+                large = max([0, *(int(n[:12]) for n in digits)])
+            if large > _MAX_TEXT:
+                raise SecurityError(f"{operator} makes something of {large:.3g} characters")
+            return super().call_binop(context, operator, left, right)
+
+    return Sandbox
