@@ -1,0 +1,92 @@
+"""Rounding that makes up for its own error: what a column loses, the columns after it take over as far as they can.
+
+llama.cpp rounds every weight to the nearest value. With the inputs' second moments H = E[x x^T] at hand the error that
+counts is that of the outputs, tr(E H E^T) for the rounding errors E, and inputs are correlated: a column may be rounded
+so that it undoes what earlier columns did. This is the rule of GPTQ (Frantar et al. 2022) in the form of LDLQ (Chee et
+al. 2023): with H = K K^T, K upper triangular, column j is rounded at w_j + sum over i < j of E_i K_ij / K_jj.
+
+The scales of a block are ggml's own, chosen when the block is reached, for the weights as they are then. So a file is a
+plain GGUF file that every llama.cpp reads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from edgelora.quant import ggml
+from edgelora.quant.ggml import Type
+from edgelora.quant.grids import GRIDS
+
+
+def feedback(second_moments: np.ndarray, shrink: float) -> np.ndarray:
+    """K_ij / K_jj above the diagonal, 0 elsewhere: how much of column i's error column j takes over. float32, shape (columns, columns).
+
+    `second_moments`: H, symmetric, shape (columns, columns). Its correlations are estimates from few tokens, so they are
+    shrunk towards none: by the share `shrink`, which also makes H invertible.
+    """
+    h = second_moments.astype(np.float64)
+    deviation = np.sqrt(np.maximum(np.diag(h), 1e-12 * max(np.diag(h).max(), 1e-30)))
+    h = (1 - shrink) * h / np.outer(deviation, deviation)
+    np.fill_diagonal(h, 1.0)
+    k = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1] * deviation[:, None]  # of the matrix read backwards: an upper factor
+    return np.triu(k / np.diag(k), 1).astype(np.float32)
+
+
+def quantize(values: np.ndarray, type: Type, taken_over: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """`values` (float32, shape (rows, columns)) as ggml's bytes, uint8, shape (rows, row_bytes).
+
+    `taken_over` comes from `feedback`; `importance` as in `ggml.quantize`, which chooses the scales. Rows do not depend on
+    one another.
+    """
+    grid, size = GRIDS[type], ggml.block_size(type)
+    weights = np.ascontiguousarray(values.T, dtype=np.float32)
+    errors = np.zeros_like(weights)
+    packed = []
+    for start in range(0, len(weights), size):
+        end = start + size
+        wanted = weights[start:end] + taken_over[:start, start:end].T @ errors[:start]
+        blocks = ggml.quantize(wanted.T, type, None if importance is None else importance[start:end])
+        scales, offsets = (np.ascontiguousarray(part.T) for part in grid.scales(blocks))
+        indices = np.empty(wanted.shape, dtype=np.uint8)
+        for column in range(size):
+            scale, offset = scales[column // grid.sub % len(scales)], offsets[column // grid.sub % len(offsets)]
+            at = start + column
+            target = wanted[column] + taken_over[start:at, at] @ errors[start:at]
+            indices[column] = grid.nearest(target, scale, offset)
+            errors[at] = weights[at] - (scale * grid.levels[indices[column]] + offset)
+        packed.append(grid.store(blocks, indices.T))
+    return np.concatenate(packed, axis=1)
+
+
+class Rounding:
+    """How each matrix of a model is rounded: `moments(name)` gives its inputs' second moments, None where they are unknown.
+
+    With `compensated` errors are made up for, in every type whose codes can be chosen here; else ggml rounds, with the
+    moments' diagonal as importance. `feedback` factors are computed once a matrix and kept for the latest one.
+    """
+
+    def __init__(self, moments: Callable[[str], np.ndarray | None], compensated: bool, shrink: float) -> None:
+        self.compensated = compensated
+        self._moments = moments
+        self._shrink = shrink
+        self._lock = threading.Lock()
+        self._latest: tuple[str, np.ndarray | None, np.ndarray | None] = ("", None, None)
+
+    def quantize(self, name: str, values: np.ndarray, type: Type) -> np.ndarray:
+        """Rows of matrix `name` (float32, shape (rows, columns)) as ggml's bytes, uint8, shape (rows, row_bytes)."""
+        importance, taken_over = self._of(name)
+        if taken_over is None or type not in GRIDS:
+            return ggml.quantize(values, type, importance)
+        return quantize(values, type, taken_over, importance)
+
+    def _of(self, name: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        with self._lock:
+            if self._latest[0] != name:
+                moments = self._moments(name)
+                importance = None if moments is None else np.ascontiguousarray(np.diag(moments), dtype=np.float32)
+                taken_over = feedback(moments, self._shrink) if moments is not None and self.compensated else None
+                self._latest = name, importance, taken_over
+            return self._latest[1:]

@@ -1,0 +1,240 @@
+"""How a trained model's answers depend on each of its matrices: what rounding errors of a matrix will cost.
+
+A small change D of a matrix moves the answers' distribution by half the Fisher information's quadratic form: a token adds
+(g^T D x)^2, with x the matrix's input and g the gradient of the log-likelihood at its output. Kept are the two Kronecker
+factors of that form (K-FAC; Martens and Grosse 2015), sum x x^T and sum g g^T, on training rows. The labels are drawn from the
+model's own predictions, as the Fisher information demands, and only answers are scored. An input counts by its
+gradient's square: a token that no answer depends on, as the first of every text with its huge activations, does not
+rule the matrix.
+
+    KL per answer token  ~  1/2 tr(G D A D^T)
+
+The gradients' factor is kept as few random combinations S of gradients: S^T S has the same expectation, and a trace
+needs no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgelora.data.chat import Encoded
+from edgelora.errors import ModelError
+from edgelora.export import architectures
+
+Progress = Callable[[float, str], None]
+
+EMBEDDING = "token_embd.weight"
+
+_TOKENS_AT_ONCE = 2048
+_SKETCH = 256  # combinations of gradients: a trace is right to about 5 %
+_STATES = 512  # of the head's inputs, kept as they are
+_SEED = 20251101
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """`inputs`: A, float32, shape (columns, columns), a weighted mean of x x^T; `source` tells which A a matrix shares.
+
+    `outputs`: S by the matrix's GGUF name, float32, shape (sketch, rows), rows in the file's order; S^T S is the sum of g g^T an answer
+    token. The head (`head` is its name; the embedding's where the two are one) is known better: `states`, float32, shape
+    (tokens, columns), are some of its inputs, so what it predicts can be computed outright. `lookups`: how often an
+    answer token's worth of text looks up each row of the embedding, float32, shape (vocabulary,).
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    source: Mapping[str, str]
+    outputs: Mapping[str, np.ndarray]
+    states: np.ndarray
+    lookups: np.ndarray
+    head: str
+    answers: int
+
+    def moments(self, name: str) -> np.ndarray:
+        """A of a matrix."""
+        return self.inputs[self.source[name]]
+
+    def cost(self, name: str, errors: np.ndarray) -> float:
+        """Predicted KL divergence, nats an answer token, when a matrix of the layers is off by `errors`, shape (rows, columns)."""
+        projected = self.outputs[name] @ errors
+        return 0.5 * float(np.einsum("ij,ij->", projected @ self.moments(name), projected, dtype=np.float64))
+
+    def lookup_cost(self, errors: np.ndarray) -> float:
+        """The same for the embedding's rows where they are looked up."""
+        projected = np.square(errors @ self.outputs[EMBEDDING].T, dtype=np.float64).sum(1)
+        return 0.5 * float(projected @ self.lookups)
+
+    def head_cost(self, values: np.ndarray, errors: np.ndarray) -> float:
+        """Mean KL divergence, nats a token, of what the head predicts with `values` + `errors` from what it does with `values`."""
+        total = 0.0
+        for start in range(0, len(self.states), 64):
+            right = self.states[start : start + 64] @ values.T
+            wrong = right + self.states[start : start + 64] @ errors.T
+            p, q = _log_softmax(right), _log_softmax(wrong)
+            total += float((np.exp(p) * (p - q)).sum())
+        return total / len(self.states)
+
+
+class _Input:
+    """What one or several matrices multiply with: its weighted second moments, and the weights that gathered for this batch."""
+
+    def __init__(self, columns: int, device: Any) -> None:
+        import torch
+
+        self.moments = torch.zeros(columns, columns, device=device)
+        self.total = 0.0
+        self.readers: set[str] = set()
+        self._weights: dict[str, Any] = {}
+
+    def add(self, name: str, x: Any, weight: Any) -> None:
+        self._weights[name] = weight
+        if len(self._weights) == len(self.readers):
+            together = sum(self._weights.values())
+            self.moments += (x * together[:, None]).T @ x
+            self.total += float(together.sum())
+            self._weights.clear()
+
+
+def collect(model: Any, rows: Sequence[Encoded], progress: Progress) -> Curvature:
+    """Run `rows` forwards and backwards through `model`. ModelError when it computes NaN or infinite values."""
+    import torch
+
+    if not rows:
+        raise ModelError("the curvature needs at least one row", "raise train.max_tokens")
+    sources = architectures.of(model.config.model_type).tensors(model.config)
+    matrices = _matrices(model, sources)
+    device, embedding = model.device, model.get_input_embeddings()
+    draw = torch.Generator(device).manual_seed(_SEED)
+    width = embedding.weight.shape[1]
+    outputs = {n: torch.zeros(_SKETCH, m.out_features, device=device) for n, m in matrices.items()}
+    outputs[EMBEDDING] = torch.zeros(_SKETCH, width, device=device)
+    lookups = torch.zeros(embedding.weight.shape[0], device=device)
+    of_head = torch.zeros(width, width, device=device)
+    inputs: dict[str, _Input] = {}
+    source: dict[str, str] = {}
+    latest: list[tuple[Any, str]] = []  # the input that a matrix ran with last, and the matrix
+    states: list[Any] = []
+    real = torch.empty(0)  # which tokens of the batch are no padding
+
+    def sketch(name: str, gradient: Any) -> Any:
+        g = gradient[real].float()
+        signs = torch.randint(0, 2, (_SKETCH, len(g)), generator=draw, device=device) * 2.0 - 1
+        outputs[name] += signs @ g
+        return g
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: Any, given: Any, made: Any) -> None:
+            x = given[0].detach()
+            if name not in source:
+                source[name] = latest[0][1] if latest and latest[0][0] is given[0] else name
+                inputs.setdefault(source[name], _Input(module.in_features, device)).readers.add(name)
+                if source[name] == name:
+                    latest[:] = [(given[0], name)]
+            made.register_hook(lambda gradient: inputs[source[name]].add(name, x[real].float(), sketch(name, gradient).square().sum(1)))
+
+        return hook
+
+    def watch_embedding(module: Any, given: Any, made: Any) -> Any:
+        made = made.detach().requires_grad_()
+        made.register_hook(lambda gradient: (sketch(EMBEDDING, gradient), None)[1])  # a hook's result would replace the gradient
+        return made
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in matrices.items()]
+    hooks.append(embedding.register_forward_hook(watch_embedding))
+    needed = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    done, total, answers = 0, sum(len(row.ids) for row in rows), 0
+    try:
+        for batch in _batches(rows):
+            progress(done / total, f"{total:,} tokens of training rows")
+            ids, scored, real = _padded(batch, device)
+            last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[scored]
+            predictions = torch.log_softmax(_logits(model, last).float(), dim=-1)
+            if not torch.isfinite(predictions).all():
+                raise ModelError(
+                    "the model's predictions are NaN or infinite", "the training diverged: lower the learning rate and train again"
+                )
+            labels = torch.multinomial(predictions.detach().exp(), 1, generator=draw)
+            predictions.gather(1, labels).sum().backward()
+            seen = last.detach().float()
+            of_head += seen.T @ seen
+            states.append(seen[:: max(1, sum(row.n_trained for row in rows) // _STATES)].cpu())
+            lookups.index_add_(0, ids[real], torch.ones_like(ids[real], dtype=torch.float32))
+            answers += len(seen)
+            done += sum(len(row.ids) for row in batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(needed[name])
+    head = "output.weight" if "output.weight" in sources else EMBEDDING
+    moments = {name: (one.moments / (one.total or 1.0)).cpu().numpy() for name, one in inputs.items()} | {
+        head: (of_head / answers).cpu().numpy()
+    }
+    sketches = {}
+    for name, made in outputs.items():
+        change = sources[name].change
+        rows_first = made.T.contiguous()
+        ordered = (rows_first if change is None else change(rows_first, model.config)).T
+        # the embedding's sum of g g^T is that of a lookup, which `lookups` counts
+        each = float(lookups.sum()) / _scale(embedding) ** 2 if name == EMBEDDING else answers
+        sketches[name] = (ordered * (_SKETCH * each) ** -0.5).cpu().numpy()
+    broken = next((n for found in (moments, sketches) for n, values in found.items() if not np.isfinite(values).all()), None)
+    if broken:
+        raise ModelError(f"the gradients at {broken} are NaN or infinite", "the training diverged: lower the learning rate and train again")
+    return Curvature(
+        moments, {**source, head: head}, sketches, torch.cat(states)[:_STATES].numpy(), (lookups / answers).cpu().numpy(), head, answers
+    )
+
+
+def _matrices(model: Any, sources: Mapping[str, architectures.Source]) -> dict[str, Any]:
+    """GGUF name -> linear layer, for every matrix of the blocks."""
+    import torch
+
+    modules = dict(model.named_modules())
+    named = {name: modules.get(source.name.removesuffix(".weight")) for name, source in sources.items() if name.endswith(".weight")}
+    return {name: module for name, module in named.items() if name.startswith("blk.") and isinstance(module, torch.nn.Linear)}
+
+
+def _scale(embedding: Any) -> float:
+    """What an embedding layer multiplies its rows with before it hands them on (Gemma's does)."""
+    return float(getattr(embedding, "embed_scale", 1.0))
+
+
+def _logits(model: Any, states: Any) -> Any:
+    logits = model.get_output_embeddings()(states)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    logits -= logits.max(1, keepdims=True)
+    return np.asarray(logits - np.log(np.exp(logits).sum(1, keepdims=True)))
+
+
+def _batches(rows: Sequence[Encoded]) -> list[list[Encoded]]:
+    """Rows of similar length together, about _TOKENS_AT_ONCE tokens with their padding; one row is never cut."""
+    batches: list[list[Encoded]] = [[]]
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        if batches[-1] and (len(batches[-1]) + 1) * len(row.ids) > _TOKENS_AT_ONCE:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def _padded(batch: Sequence[Encoded], device: Any) -> tuple[Any, Any, Any]:
+    """Ids, int64, which positions predict an answer token, and which hold one of the row: all of shape (rows, longest)."""
+    import torch
+
+    longest = max(len(row.ids) for row in batch)
+    ids = torch.zeros((len(batch), longest), dtype=torch.int64)
+    scored, real = (torch.zeros((len(batch), longest), dtype=torch.bool) for _ in range(2))
+    for i, row in enumerate(batch):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        scored[i, : len(row.ids) - 1] = torch.tensor(row.trained[1:])
+        real[i, : len(row.ids) - 1] = True
+    return ids.to(device), scored.to(device), real.to(device)

@@ -1,0 +1,104 @@
+"""Which type each tensor gets so that the file keeps within a size, or a loss, at the best exchange.
+
+A menu lists, for every tensor that has a choice, what it may be stored as: bytes, and the predicted KL divergence that the
+rounding costs. Costs add up (to second order, errors of different matrices are independent), so the best plan of
+every size is a knapsack. Nothing here knows what a type is: an exporter that can name its options and their bytes is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from edgelora.errors import Unsupported
+from edgelora.quant.knapsack import Frontier
+
+SCHEMA = 1
+_POINTS = 40  # of a frontier that is shown
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way of storing a tensor: the format's name of it, bytes in the file, predicted cost in nats an answer token."""
+
+    type: str
+    bytes: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Types by tensor; the exact bytes of the file; the predicted KL divergence, nats an answer token."""
+
+    types: Mapping[str, str]
+    size_bytes: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class Menu:
+    """`options` of every tensor that has a choice; `fixed_bytes` is all else in the file: metadata, tokenizer, vectors."""
+
+    options: Mapping[str, tuple[Option, ...]]
+    fixed_bytes: int
+    restricted: Mapping[str, str] = field(default_factory=dict)
+
+    def plan(self, max_bytes: int) -> Plan:
+        """The plan of least predicted loss within `max_bytes`; Unsupported names the smallest size when nothing fits."""
+        try:
+            return self._plan(self._frontier.choose(max_bytes - self.fixed_bytes))
+        except ValueError:
+            smallest = self.smallest()
+            raise Unsupported(
+                f"{max_bytes / 1e6:.1f} MB cannot be reached: the smallest file is {smallest.size_bytes / 1e6:.1f} MB "
+                f"({smallest.size_bytes} bytes), with a predicted KL of {smallest.kl:.2g} nats a token",
+                f"ask for that or more, take a smaller base, or trim its vocabulary: {self._largest_share()}",
+            ) from None
+
+    def plan_within(self, kl: float) -> Plan:
+        """The smallest plan whose predicted loss is at most `kl`; Unsupported when no type is that good."""
+        chosen = self._frontier.within(kl)
+        if chosen is None:
+            best = self._plan(self._frontier.choose(self._frontier.largest))
+            raise Unsupported(
+                f"a KL of {kl:g} cannot be reached: the best plan has {best.kl:.2g} at {best.size_bytes / 1e6:.1f} MB (both predicted)",
+                "allow more, or choose --type f16",
+            )
+        return self._plan(chosen)
+
+    def smallest(self) -> Plan:
+        return self._plan(self._frontier.choose(self._frontier.smallest))
+
+    def frontier(self) -> list[Plan]:
+        """Best plans from the smallest to the largest size that pays, evenly spaced, none twice."""
+        least, most = self._frontier.smallest, self._frontier.largest
+        found: dict[int, Plan] = {}
+        for i in range(_POINTS):
+            plan = self._plan(self._frontier.choose(least + (most - least) * i // (_POINTS - 1)))
+            found.setdefault(plan.size_bytes, plan)
+        return list(found.values())
+
+    @cached_property
+    def _frontier(self) -> Frontier:
+        items = self.options.values()
+        return Frontier([[o.bytes for o in item] for item in items], [[o.cost for o in item] for item in items])
+
+    def _plan(self, chosen: tuple[int, ...]) -> Plan:
+        size, cost = self._frontier.total(chosen)
+        types = {name: self.options[name][o].type for name, o in zip(self.options, chosen, strict=True)}
+        return Plan(types, self.fixed_bytes + size, cost)
+
+    def _largest_share(self) -> str:
+        least = {name: min(o.bytes for o in item) for name, item in self.options.items()}
+        name = max(least, key=lambda n: least[n])
+        return f"{name} alone is {least[name] / 1e6:.1f} MB at its smallest"
+
+
+def as_dict(menu: Menu) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "fixed_bytes": menu.fixed_bytes,
+        "options": {name: [[o.type, o.bytes, o.cost] for o in item] for name, item in menu.options.items()},
+    }

@@ -1,0 +1,122 @@
+"""Predicted losses against those that are measured when a matrix is really changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from edgelora.data.chat import Encoded
+from edgelora.errors import ModelError
+from edgelora.export import architectures
+from edgelora.quant import curvature, ggml, sensitivity
+from edgelora.quant.compensate import Rounding
+from edgelora.quant.curvature import EMBEDDING, Curvature
+from tests.tiny_models import tiny_model
+
+
+def quiet(share: float, what: str) -> None:
+    assert 0 <= share <= 1
+
+
+class Tiny:
+    """A tiny model, its curvature on random rows, and what a change of a weight really costs on the same rows."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(tiny_model(kind, folder), dtype=torch.float32).eval()
+        random = np.random.default_rng(0)
+        words = random.integers(0, self.model.config.vocab_size, (64, 48)).tolist()
+        self.rows = [Encoded(tuple(ids), (False,) * 16 + (True,) * 32) for ids in words]
+        self.curvature: Curvature = curvature.collect(self.model, self.rows, quiet)
+        self._before = self._log_probs()
+
+    def _log_probs(self) -> torch.Tensor:
+        with torch.no_grad():
+            logits = self.model(input_ids=torch.tensor([row.ids for row in self.rows])).logits[:, 15:-1]
+        return torch.log_softmax(logits.double(), -1)
+
+    def measured(self, weight: torch.nn.Parameter, change: torch.Tensor) -> float:
+        kept = weight.data.clone()
+        weight.data += change
+        after = self._log_probs()
+        weight.data = kept
+        return float((self._before.exp() * (self._before - after)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3_text"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(request.param, tmp_path_factory.mktemp("tiny") / request.param)
+
+
+def small(weight: torch.Tensor, seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return torch.randn_like(weight) * weight.detach().std() * 0.02
+
+
+def test_a_matrix_costs_what_was_predicted(tiny: Tiny) -> None:
+    config = tiny.model.config
+    sources = architectures.of(config.model_type).tensors(config)
+    modules = dict(tiny.model.named_modules())
+    ratios = []
+    for name in (name for name in tiny.curvature.source if name.startswith("blk.")):
+        weight = modules[sources[name].name.removesuffix(".weight")].weight
+        change = small(weight, len(ratios))
+        in_file = change if sources[name].change is None else sources[name].change(change, config)
+        ratios.append(tiny.measured(weight, change) / tiny.curvature.cost(name, in_file.numpy()))
+    assert len(ratios) == 7 * config.num_hidden_layers
+    assert min(ratios) > 0.6
+    assert max(ratios) < 1.6
+    assert 0.85 < float(np.median(ratios)) < 1.2
+
+
+def test_the_embedding_costs_what_was_predicted(tiny: Tiny) -> None:
+    weight = tiny.model.get_input_embeddings().weight
+    change = small(weight, 1)
+    predicted = tiny.curvature.lookup_cost(change.numpy())
+    if tiny.curvature.head == EMBEDDING:
+        predicted += tiny.curvature.head_cost(weight.detach().numpy(), change.numpy())
+    assert 0.6 < tiny.measured(weight, change) / predicted < 1.6
+
+
+def test_an_untied_head_costs_what_it_changes(tiny: Tiny) -> None:
+    if tiny.curvature.head == EMBEDDING:
+        pytest.skip("this model's head is its embedding")
+    weight = tiny.model.get_output_embeddings().weight
+    change = 10 * small(weight, 2)
+    assert tiny.measured(weight, change) == pytest.approx(tiny.curvature.head_cost(weight.detach().numpy(), change.numpy()), rel=0.1)
+
+
+def test_matrices_with_the_same_input_share_its_moments(tiny: Tiny) -> None:
+    source = tiny.curvature.source
+    assert source["blk.1.attn_k.weight"] == source["blk.1.attn_v.weight"] == "blk.1.attn_q.weight"
+    assert source["blk.1.ffn_up.weight"] == "blk.1.ffn_gate.weight"
+    assert source["blk.1.ffn_down.weight"] == "blk.1.ffn_down.weight"
+    for moments in tiny.curvature.inputs.values():
+        assert np.allclose(moments, moments.T, rtol=1e-3, atol=1e-5 * np.abs(moments).max())
+        assert np.linalg.eigvalsh(moments.astype(np.float64)).min() > -1e-4 * np.trace(moments)
+
+
+def test_more_bits_cost_less(tiny: Tiny) -> None:
+    weight = dict(tiny.model.named_modules())["model.layers.1.mlp.up_proj"].weight.detach().numpy()
+    for compensated in (False, True):
+        rounding = Rounding(tiny.curvature.moments, compensated, 0.05)
+        costs = sensitivity.costs("blk.1.ffn_up.weight", weight, tiny.curvature, rounding)
+        assert set(costs) == {ggml.Type.Q4_0, ggml.Type.IQ4_NL, ggml.Type.Q4_1, ggml.Type.Q5_0, ggml.Type.Q5_1, ggml.Type.Q8_0}
+        assert costs[ggml.Type.Q8_0] < costs[ggml.Type.Q5_1] < costs[ggml.Type.Q4_0]
+
+
+def test_what_trained_badly_is_named(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama", tmp_path / "m"), dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        curvature.collect(model, [Encoded((1, 2, 3, 4), (False, True, True, True))], quiet)
+
+
+def test_no_rows_are_an_error() -> None:
+    with pytest.raises(ModelError, match="at least one row"):
+        curvature.collect(None, [], quiet)
