@@ -22,6 +22,7 @@ from edgelora.errors import DataError
 Progress = Callable[[float, str], None]
 KIND = "data"
 _SPOOL = ".spool"
+_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode  # json.dumps makes an encoder at every call
 
 
 def write(
@@ -201,7 +202,7 @@ def _dropped(prepared: Prepared, stream: IO[str]) -> None:
 
 
 def _line(stream: IO[str], value: Any) -> None:
-    stream.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    stream.write(_encode(value) + "\n")
 
 
 def _safe(messages: Messages, data: recipes.Data) -> Messages:

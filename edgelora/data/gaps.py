@@ -28,10 +28,10 @@ def look(answer: str) -> list[str]:
         found.append(BROKEN_CHARACTER)
     if answer.count("```") % 2:
         found.append(OPEN_CODE)
-    tail = answer[-80:].rstrip()
+    tail = answer[-40:].rstrip()[-24:]
     if (len(answer.split(None, _LEAST_WORDS)) > _LEAST_WORDS or len(answer) > 20) and _CUT.search(tail):
         found.append(CUT)
-    if _PLACEHOLDER.search(answer):
+    if ("{" in answer or "[" in answer or "#" in answer) and _PLACEHOLDER.search(answer):
         found.append(PLACEHOLDER)
     return found
 

@@ -6,7 +6,6 @@ Nothing here ever looks at cleaned text, so no cleaning switch moves a row from 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import unicodedata
 from typing import NamedTuple
@@ -39,7 +38,7 @@ def keys(row: Row) -> Keys:
         group=group,
         question=question,
         pair=_number(f"{_plain(row.question)}\0{_plain(row.answer)}"),
-        raw=_number(json.dumps(row.messages, ensure_ascii=False)),
+        raw=_number("\0".join(f"{role}\0{content}" for role, content in row.messages)),
         elsewhere=question if row.group is None or row.group.startswith("conversation:") else group,
     )
 

@@ -33,6 +33,7 @@ Progress = Callable[[float, str], None]
 T = TypeVar("T")
 R = TypeVar("R")
 _CHUNK = 256  # rows that travel to a process together
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder at every call
 
 
 class Finding(NamedTuple):
@@ -256,7 +257,7 @@ def _first(rows: Sequence[Row], *, data: recipes.Data, shares: Mapping[str, floa
                 b"" if data.clean.near == "none" else _signature(row.messages),
                 len(answer),
                 answer if classify else None,
-                json.dumps(entry, ensure_ascii=False),
+                _encode(entry),
             )
         )
     return met, seen
@@ -275,14 +276,15 @@ def _compared(messages: Messages) -> str:
 def _second(rows: Sequence[tuple[str, str]], *, clean_as: recipes.Clean, decided: Decided, labels: bool) -> list[Finished]:
     """The second pass over some rows, each (set, entry)."""
     finished = []
+    steps = clean.second(clean_as, decided)
     for name, entry in rows:
         line, group, raw, mended, changes, findings = json.loads(entry)
         messages = _messages(mended or raw)
         if labels:
-            head, more = clean.unify(messages[:-1], clean_as, decided)
+            head, more = clean.apply(messages[:-1], steps)
             messages = (*head, messages[-1])
         else:
-            messages, more = clean.unify(messages, clean_as, decided)
+            messages, more = clean.apply(messages, steps)
         made = (*(Change(*change) for change in changes), *more)
         finished.append(Finished(name, Row(messages, line, group), _messages(raw), made, tuple(Finding(*found) for found in findings)))
     return finished

@@ -93,6 +93,9 @@ def choose(
 def unify(text: str, spellings: Spellings, edits: list[Edit]) -> str:
     """`text` with every spelling replaced by the chosen one. What the user's dictionary says goes first."""
 
+    if text.isascii() and not spellings.user and not spellings.english:
+        return text
+
     def one(part: str, edits: list[Edit]) -> str:
         if spellings.user:
             part = _replace(_user_pattern(tuple(spellings.user)), spellings.user, part, edits)
@@ -174,7 +177,7 @@ def _choose_english(
 
 
 def _unify_english(text: str, mapping: Mapping[str, str], edits: list[Edit]) -> str:
-    if not any(word.lower() in mapping for word in set(_ENGLISH.findall(text))):
+    if mapping.keys().isdisjoint(map(str.lower, _ENGLISH.findall(text))):
         return text
 
     def new(match: re.Match[str]) -> str:
