@@ -65,6 +65,8 @@ class Tuned:
 
         config = AutoConfig.from_pretrained(self.base, local_files_only=True)
         config.dtype = torch.bfloat16
+        if self.adapter and self.merged(self.held).unties:
+            config.tie_word_embeddings = False
         config.save_pretrained(folder)
         if (self.base / "generation_config.json").is_file():
             shutil.copyfile(self.base / "generation_config.json", folder / "generation_config.json")

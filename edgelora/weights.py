@@ -29,6 +29,7 @@ _TYPES: dict[str, np.dtype[Any]] = {
 _SHARD_BYTES = 4 << 30
 _BLOCK = 64  # of NF4, bitsandbytes' default
 _LINEAR = re.compile(r".*\.layers\.\d+\..*_proj\.weight")  # what training holds in 4 bits: not the embedding, not the head
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -69,6 +70,11 @@ class Checkpoint:
                 if name not in found:
                     raise ModelError(f"{file} lacks the tensor {name} that the index promises", "copy the model again")
                 self._places[name] = found[name]
+
+    @property
+    def unties(self) -> bool:
+        """Whether the head holds other weights than the embedding, although the configuration ties the two."""
+        return False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -116,7 +122,17 @@ class Merged(Base):
 
     def __init__(self, folder: Path, adapter: Path, into: str) -> None:
         super().__init__(folder, into)
+        tied = _HEAD not in self._places
+        if tied and _EMBEDDING in self._places:
+            self._places[_HEAD] = self._places[_EMBEDDING]
         self._low_rank = low_rank(adapter, self.shapes)
+        if tied and _HEAD not in self._low_rank:
+            self._places.pop(_HEAD, None)
+
+    @property
+    def unties(self) -> bool:
+        """An adapter on a head that shares the embedding's weights changes the head alone."""
+        return _HEAD in self._low_rank
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
         values = super().rows(name, first, last)

@@ -8,16 +8,26 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 
-from edgelora import artifact, merge, models
+from edgelora import artifact, evaluate, merge, models, weights
 from edgelora import recipe as recipes
 from edgelora.data.chat import Encoded
 from edgelora.errors import UsageError
 from edgelora.evaluate import Divergence, Losses
 from edgelora.export import gguf as export
 from edgelora.export import stage
+from edgelora.export.reference import Reference
+from edgelora.models import open_tokenizer
+from edgelora.runtime import llama_cpp
+from edgelora.runtime.torch_reference import TorchSession
+from edgelora.train import load
 from edgelora.tuned import Tuned, tuned
 from tests.line import CHAT_ROWS, Line, edgelora, finished_folders
+from tests.test_reference import rows_for
+from tests.test_weights import adapter_for
+from tests.tiny_models import tiny_model
 
 
 @pytest.fixture
@@ -134,3 +144,23 @@ def test_rows_choose_only_where_there_is_a_choice(finished: Line, model: Tuned) 
             assert made.facts["rows"] == 2
             assert ("merge" in made.facts) is (wish == "auto")
     assert seen == [4, 2]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_an_adapter_on_a_head_that_is_also_the_embedding(arch: str, tmp_path: Path) -> None:
+    """The head is then a matrix of its own: what was trained, where PEFT's merge would change the embedding too."""
+    base = tiny_model(arch, tmp_path / "base")
+    adapter = adapter_for(base, tmp_path / "adapter", targets=["lm_head", "q_proj"])
+    model = Tuned(base, "key", "base", adapter, "nf4")
+    (tmp_path / "described").mkdir()
+    described, source, rows = model.describe(tmp_path / "described"), model.merged("nf4"), rows_for(base)
+    file = export.write(described, "f16", tmp_path, "tiny", lambda share, name: None, weights=source)
+    assert {"token_embd.weight", "output.weight"} <= {tensor.name for tensor in gguf.GGUFReader(file).tensors}
+    reference = model.as_trained(rows, 1)
+    with llama_cpp.open(file, 1) as session:
+        assert evaluate.divergence_summary(evaluate.divergence(reference, session, rows))["kl"] < 1e-3
+    weights.write(source, described, lambda share, name: None)
+    folder = Reference(described, weights.Checkpoint(described), None, rows, 1)
+    assert evaluate.divergence_summary(evaluate.divergence(reference, folder, rows))["kl"] < 1e-2  # bfloat16
+    trained = TorchSession(PeftModel.from_pretrained(load.load_base(base, "qlora", torch.float32), adapter).eval(), open_tokenizer(base))
+    assert evaluate.divergence_summary(evaluate.divergence(reference, trained, rows))["kl"] < 1e-6

@@ -19,10 +19,10 @@ from edgelora.train import load
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 
-def adapter_for(base: Path, folder: Path, rslora: bool = False) -> Path:
-    """A random LoRA on every linear layer, written by PEFT."""
+def adapter_for(base: Path, folder: Path, rslora: bool = False, targets: str | list[str] = "all-linear") -> Path:
+    """A random LoRA on every linear layer (or on `targets`), written by PEFT."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    made = get_peft_model(model, LoraConfig(r=4, lora_alpha=24, target_modules="all-linear", use_rslora=rslora, task_type="CAUSAL_LM"))
+    made = get_peft_model(model, LoraConfig(r=4, lora_alpha=24, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM"))
     torch.manual_seed(3)
     for name, weight in made.named_parameters():
         if "lora_" in name:

@@ -135,6 +135,8 @@ class _Layout:
         config = model_config(model)
         architecture = architectures.of(config.model_type)
         checkpoint = weights or Checkpoint(model)
+        if checkpoint.unties:
+            config.tie_word_embeddings = False
         sources = _matched(architecture.tensors(config), checkpoint, config)
         vectors = architecture.vectors(config)
         shapes = {key: checkpoint.shapes[source.name] for key, source in sources.items()} | {key: v.shape for key, v in vectors.items()}
