@@ -11,12 +11,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from edgelora import recipe as recipes
 from edgelora import size as sizes
+from edgelora import speeds
 from edgelora.errors import ModelError, UsageError
 
 
@@ -53,11 +53,6 @@ METRICS: dict[str, Metric] = {
 ALIASES = {"decode": "decode_tok_per_s", "ttft": "ttft_ms"}
 _LIMIT = re.compile(r"^\s*(<=|>=)?\s*(.+?)\s*$")
 _CHANGE = re.compile(r"^\s*([+-])\s*(\d+(?:\.\d+)?)\s*(%|kB|KB|MB|GB|KiB|MiB|GiB|B)\s*$")
-
-ALPHA = 0.05  # how often two equal sets of samples may be called different; the change has to be larger than allowed besides
-_FAST = 0.1  # share of the samples whose slowest stands for them all
-_ENUMERATED = 200_000  # ways to deal the samples; above it the normal approximation is exact enough
-_WORK = ("runtime", "threads", "prompt_tokens", "decode_tokens", "workload")  # two rows with other values did other work
 
 
 @dataclass(frozen=True)
@@ -244,44 +239,24 @@ def _compared(
 
 
 def _compared_speed(budget: Budget, what: str, since: str, row: Mapping[str, Any], before_row: Mapping[str, Any]) -> Verdict:
-    """Red when the samples became slower by more than allowed, differ by the rank-sum test, and nothing ran beside either."""
-    metric = budget.metric
-    theirs, ours = (_samples(r, metric.samples) for r in (before_row, row))
-    if not theirs or not ours:
+    """Red when a step takes longer by more than allowed and `speeds` says that this is no noise."""
+    metric, allowed = budget.metric, float(budget.share or 0)
+    # a rate that may fall by s allows a time that grows by s / (1 - s)
+    found = speeds.slowdown(
+        before_row, row, metric.samples, allowed if metric.upper else allowed / (1 - allowed) if allowed < 1 else math.inf
+    )
+    if found is None:
         return Verdict(what, budget.text, "no raw samples", None, "measure both again with `edgelora bench`")
-    before, now = _fast(theirs), _fast(ours)
-    share = now / before - 1 if metric.upper else before / now - 1
+    share = found.share if metric.upper else 1 / (1 + found.share) - 1
     value = f"{share:+.2%} {since} ({_shown(figure(before_row.get(metric.key)), metric)} -> {_shown(figure(row.get(metric.key)), metric)})"
-    if (share if metric.upper else -share) <= float(budget.share or 0):
-        return Verdict(what, budget.text, value, True)
-    if disturbed := [name for name, r in (("this run", row), ("the baseline", before_row)) if r.get("crowded", r.get("noisy"))]:
-        return Verdict(what, budget.text, value, None, f"other programs disturbed {' and '.join(disturbed)}; measure on an idle machine")
-    each, other = repeats(row, metric.samples), repeats(before_row, metric.samples)
-    if 1 / math.comb(len(each) + len(other), len(each)) > ALPHA:
-        return Verdict(what, budget.text, value, None, f"{len(other)} and {len(each)} repeats are too few to tell; bench with 5 or more")
-    chance = p_larger(each, other)
-    if chance > ALPHA:
-        return Verdict(what, budget.text, value, None, f"the repeats do not differ enough (p = {chance:.2g}); measure again with more")
-    return Verdict(what, budget.text, value, False, f"p = {chance:.2g} that this is chance; {metric.mend}")
-
-
-def _samples(row: Mapping[str, Any], name: str) -> list[float]:
-    values = [figure(v) for v in (row.get("samples_ms") or {}).get(name) or []]
-    return [v for v in values if v is not None and v > 0]
-
-
-def _fast(samples: Sequence[float]) -> float:
-    """What the machine can do, in ms: other programs and clocks only ever add time, so the fast end moves least from run to run.
-
-    Measured on one idle machine, 40 benches of one file: medians vary by 2.7 %, the fastest tenth by 1.8 %.
-    """
-    return sorted(samples)[int(_FAST * len(samples))]
+    why = f"p = {found.p:.2g} that this is chance; {metric.mend}" if found.real else found.why
+    return Verdict(what, budget.text, value, None if found.real is None else not found.real, why)
 
 
 def _counterpart(row: Mapping[str, Any], rows: Sequence[Any]) -> Mapping[str, Any] | None:
     """The baseline's row of the same file, set and work; of the same file and set where the work differs."""
     same = [r for r in rows if isinstance(r, Mapping) and all(r.get(k) == row.get(k) for k in ("file", "set"))]
-    return next((r for r in same if all(r.get(k) == row.get(k) for k in _WORK)), same[0] if same else None)
+    return next((r for r in same if all(r.get(k) == row.get(k) for k in speeds.WORK)), same[0] if same else None)
 
 
 def _other_work(
@@ -296,8 +271,7 @@ def _other_work(
     here, there = (str((d.get("machine") or {}).get("class")) for d in (document, baseline))
     if here != there:
         return f"the baseline is of another machine ({there}, this is {here})"
-    differ = [k for k in _WORK if row.get(k) != before.get(k)]
-    return f"it did other work ({differ[0]} {before.get(differ[0])}, now {row.get(differ[0])})" if differ else ""
+    return speeds.other_work(row, before)
 
 
 def _grown(name: str, before: Mapping[str, Any], find: Callable[[str], Path | None]) -> str:
@@ -319,43 +293,9 @@ def _grown(name: str, before: Mapping[str, Any], find: Callable[[str], Path | No
     return f"grew: {'; '.join(lines)}" if lines else ""
 
 
-def repeats(row: Mapping[str, Any], name: str) -> list[float]:
-    """One figure a repeat, in ms: its tokens' lower quartile. Tokens of one repeat share its luck, so they are no samples of their own."""
-    values, count = _samples(row, name), len(_samples(row, "ttft"))
-    if not count or len(values) < count:
-        return []
-    each = len(values) // count
-    return [sorted(values[i * each : (i + 1) * each])[each // 4] for i in range(count)]
-
-
-def p_larger(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """How likely samples as large as `ours` are when both come from one source: the one-sided rank-sum test.
-
-    Exact for small samples, whatever the ties; ranks, because latencies have long tails (Mann and Whitney 1947).
-    """
-    n, m = len(ours), len(theirs)
-    if not n or not m:
-        return 1.0
-    pooled = sorted([*ours, *theirs])
-    rank = {value: (2 * pooled.index(value) + pooled.count(value) + 1) / 2 for value in set(pooled)}
-    ranks = [rank[value] for value in pooled]
-    ours_sum = sum(rank[value] for value in ours)
-    if math.comb(n + m, n) <= _ENUMERATED:
-        sums = [sum(chosen) for chosen in combinations(ranks, n)]
-        return sum(s >= ours_sum - 1e-9 for s in sums) / len(sums)
-    mean = n * (n + m + 1) / 2
-    ties = sum(pooled.count(v) ** 3 - pooled.count(v) for v in set(pooled))
-    variance = n * m / 12 * ((n + m + 1) - ties / ((n + m) * (n + m - 1)))
-    return 1.0 if variance <= 0 else 0.5 * math.erfc((ours_sum - mean - 0.5) / math.sqrt(2 * variance))
-
-
 def figure(value: Any) -> float | None:
     """A measured number, None for anything else: missing, text, NaN, infinite."""
-    if isinstance(value, Mapping):
-        value = value.get("loss")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+    return speeds.figure(value.get("loss") if isinstance(value, Mapping) else value)
 
 
 def _where(row: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgelora import baseline as baselines
-from edgelora import check
+from edgelora import check, speeds
 from edgelora.errors import ModelError, UsageError
 
 NAN, INF = float("nan"), float("inf")
@@ -200,24 +200,25 @@ def test_the_rank_sum_test_agrees_with_scipy() -> None:
             ours, theirs = [chance.gauss(0.5, 1) for _ in range(n)], [chance.gauss(0, 1) for _ in range(m)]
             method = "exact" if n + m < 24 else "asymptotic"
             expected = scipy.mannwhitneyu(ours, theirs, alternative="greater", method=method).pvalue
-            assert check.p_larger(ours, theirs) == pytest.approx(expected, abs=1e-9)
+            assert speeds.p_larger(ours, theirs) == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_rank_sum_test_with_ties_counts_every_deal() -> None:
     # 2 of the 6 ways to deal [1, 1, 2, 2] into two and two give the larger sum's ranks or more: only {2, 2} reaches 7
-    assert check.p_larger([2.0, 2.0], [1.0, 1.0]) == pytest.approx(1 / 6)
-    assert check.p_larger([1.0] * 5, [1.0] * 5) == 1.0
-    assert check.p_larger([], [1.0]) == 1.0
+    assert speeds.p_larger([2.0, 2.0], [1.0, 1.0]) == pytest.approx(1 / 6)
+    assert speeds.p_larger([1.0] * 5, [1.0] * 5) == 1.0
+    assert speeds.p_larger([], [1.0]) == 1.0
 
 
 def test_equal_samples_are_seldom_called_different() -> None:
     """10,000 pairs from one source: at most ALPHA of them, within what chance allows."""
     chance = random.Random(1)
     alarms = sum(
-        check.p_larger([chance.lognormvariate(0, 0.1) for _ in range(5)], [chance.lognormvariate(0, 0.1) for _ in range(5)]) <= check.ALPHA
+        speeds.p_larger([chance.lognormvariate(0, 0.1) for _ in range(5)], [chance.lognormvariate(0, 0.1) for _ in range(5)])
+        <= speeds.ALPHA
         for _ in range(10_000)
     )
-    assert alarms <= 10_000 * check.ALPHA * 1.3
+    assert alarms <= 10_000 * speeds.ALPHA * 1.3
 
 
 def test_a_red_size_names_the_tensors(tmp_path: Path, tiny_base: Path) -> None:
