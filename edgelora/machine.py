@@ -19,6 +19,7 @@ _FEATURES = (
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2"),
 )
 _CGROUPS = Path("/sys/fs/cgroup")
+_DEVICES, _THERMAL = Path("/sys/devices"), Path("/sys/class/thermal")
 _UNLIMITED = 1 << 60  # bytes; version 1 of cgroups writes a number near 2^63 for "no limit"
 
 
@@ -92,6 +93,37 @@ def others_running() -> int | None:
     """Threads beside the calling one that want a core at this moment; None where the kernel does not say."""
     match = re.match(r"\S+ \S+ \S+ (\d+)/", _read("/proc/loadavg"))
     return max(0, int(match[1]) - 1) if match else None
+
+
+def cpu_ticks() -> tuple[int, int]:
+    """Clock ticks that all processors have lived, and how many of them the hypervisor gave to others; zeros where nobody counts."""
+    match = re.search(r"^cpu +([\d ]+)$", _read("/proc/stat"), re.M)
+    ticks = [int(n) for n in match[1].split()][:8] if match else []  # user nice system idle iowait irq softirq steal; guests are in user
+    return sum(ticks), ticks[7] if len(ticks) > 7 else 0
+
+
+def heat_events() -> int:
+    """How often the processors have throttled themselves because of heat since they were started; 0 where nobody counts."""
+    return sum(int(_read(path).strip() or 0) for path in _DEVICES.glob("system/cpu/cpu*/thermal_throttle/core_throttle_count"))
+
+
+def clock_held_down() -> bool:
+    """Whether the kernel is holding a processor's clock below its maximum to cool it, as phones and boards do."""
+    for folder in _THERMAL.glob("cooling_device*"):
+        kind, state = _read(folder / "type").strip().lower(), _read(folder / "cur_state").strip()
+        if ("cpufreq" in kind or kind == "processor") and state.isdigit() and int(state) > 0:
+            return True
+    return False
+
+
+def quota_waits_s() -> float:
+    """Seconds that the control groups' quota of processor time has kept this process waiting."""
+    waits = 0.0
+    for folder in _cgroup_folders(_CGROUPS, _read("/proc/self/cgroup"), "cpu"):
+        match = re.search(r"^throttled_(usec|time) (\d+)$", _read(folder / "cpu.stat"), re.M)
+        if match:
+            waits += int(match[2]) / (1e6 if match[1] == "usec" else 1e9)
+    return waits
 
 
 def cpu_features() -> list[str]:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from edgelora import bench
+from edgelora import bench, machine
+from edgelora.bench import disturbance, rounds
+from edgelora.bench.child import measuring
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
 from edgelora.export import gguf
 from edgelora.recipe import Bench
@@ -29,7 +31,17 @@ KEYS = {
         "ttft_ms",
         "prefill_tok_per_s",
     ),
-    *("decode_tok_per_s", "peak_rss_bytes", "cpu_s_per_token", "size_bytes", "load_average", "bandwidth_gb_per_s", "bandwidth_share"),
+    *(
+        "decode_tok_per_s",
+        "peak_rss_bytes",
+        "prefill_cpu_s",
+        "cpu_s_per_token",
+        "size_bytes",
+        "bytes_per_token",
+        "load_average",
+        "bandwidth_gb_per_s",
+        "bandwidth_share",
+    ),
     *("samples_ms", "crowded", "noisy", "noisy_why"),
 }
 SMALL = Bench(prompt_tokens=(4, 20), decode_tokens=6, repeats=3)
@@ -88,21 +100,22 @@ def test_measure_tells_loading_reading_and_writing_apart() -> None:
         sessions.append(Scripted(clock))
         return sessions[-1]
 
-    load_ms, timings = bench.measure(opened, (2, 7), 4, clock, lambda: 2 * clock.now)  # type: ignore[arg-type]
+    load_ms, timings = rounds.measure(opened, (2, 7), 4, clock, lambda: 2 * clock.now)  # type: ignore[arg-type]
     assert load_ms == pytest.approx(500)
     assert [t.ttft_ms for t in timings] == pytest.approx([20, 70])
     assert timings[1].decode_ms == pytest.approx((1, 2, 3, 4))
     assert timings[1].decode_cpu_s == pytest.approx(0.02)
+    assert timings[1].prefill_cpu_s == pytest.approx(0.14)
     # the longest prompt once to warm up, then each; a prompt longer than the paragraph repeats it
     assert sessions[0].prompts == [[7, 8, 9, 7, 8, 9, 7], [7, 8], [7, 8, 9, 7, 8, 9, 7]]
 
 
 def test_row_is_the_medians_of_its_samples() -> None:
-    def one(load: float, ttft: float, decode: tuple[float, ...], rss: int) -> bench.Round:
-        return bench.Round("v", load, (bench.Timing(10, ttft, decode, 0.3),), rss, 50_000_000)
+    def one(load: float, ttft: float, decode: tuple[float, ...], rss: int) -> rounds.Round:
+        return rounds.Round("v", load, (rounds.Timing(10, ttft, decode, 0.2, 0.3),), rss, 50_000_000)
 
-    rounds = [one(5, 40, (10, 20, 30), 3), one(7, 80, (20, 20, 20), 9), one(90, 50, (21, 21, 21), 4)]
-    row = bench._row(rounds, 0, 123, 10.0, "")
+    repeats = [one(5, 40, (10, 20, 30), 3), one(7, 80, (20, 20, 20), 9), one(90, 50, (21, 21, 21), 4)]
+    row = bench._row(repeats, 0, 123, 10.0, (), True)
     assert (row["load_ms"], row["ttft_ms"], row["peak_rss_bytes"], row["size_bytes"]) == (7, 50, 9, 123)
     assert row["prefill_tok_per_s"] == pytest.approx(10 / 0.050)
     assert row["decode_tok_per_s"] == pytest.approx(1000 / 20)
@@ -113,18 +126,82 @@ def test_row_is_the_medians_of_its_samples() -> None:
 
 
 def test_row_says_what_made_it_noisy() -> None:
-    rounds = [bench.Round("v", 1, (bench.Timing(1, 1, (ms, ms), 0.1),), 1, None) for ms in (10.0, 10.1, 13.0)]
-    row = bench._row(rounds, 0, 1, 10.0, bench._crowded([2, 3, 2], threads=1, cores=2))
+    repeats = [rounds.Round("v", 1, (rounds.Timing(1, 1, (ms, ms), 0.1, 0.1),), 1, None) for ms in (10.0, 13.0, 10.1)]
+    crowded = disturbance.from_outside(CALM, CALM, 10, [2, 3, 2], [], threads=1, cores=2)
+    row = bench._row(repeats, 0, 1, 10.0, crowded, True)
     assert row["noisy"]
+    assert row["crowded"]
     assert row["noisy_why"] == "other programs ran beside our 1 threads on 2 cores (2 at a time); the repeats' decode medians are 30% apart"
     assert row["bandwidth_share"] is None
-    assert bench._crowded([0, 1, 0], threads=2, cores=2) == ""
+    assert disturbance.from_outside(CALM, CALM, 10, [0, 1, 0], [False] * 3, threads=2, cores=2) == []
 
 
-@pytest.mark.parametrize(("medians", "rounds"), [((10, 10.1), 2), ((40, 20, 20.5), 3), ((1, 2, 4, 8, 16, 32), 5)])
-def test_warm_up_ends_when_two_rounds_agree(medians: tuple[float, ...], rounds: int) -> None:
-    left = iter(medians)
-    assert bench._warm_up(lambda: bench.Round("v", 1, (bench.Timing(1, 1, (next(left),), 0),), 1, None)) == rounds
+CALM = disturbance.Snapshot(ticks=1000, stolen=10, heat=3, waited_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("after", "hot", "words"),
+    [
+        (disturbance.Snapshot(2000, 70, 3, 1.0), [], "the hypervisor took 6% of the processor's time"),
+        (disturbance.Snapshot(2000, 10, 5, 1.0), [], "the processor throttled itself 2 times because of heat"),
+        (disturbance.Snapshot(2000, 10, 3, 3.5), [], "a quota stopped us for 2.5 of 10 s"),
+        (CALM, [True, False, True], "the kernel held the clock down because of heat"),
+        (CALM, [True, False, False], None),
+        (disturbance.Snapshot(2000, 25, 3, 1.1), [], None),
+    ],
+)
+def test_what_comes_from_outside(after: disturbance.Snapshot, hot: list[bool], words: str | None) -> None:
+    assert disturbance.from_outside(CALM, after, 10.0, [0, 0, 0], hot, 1, 2) == ([words] if words else [])
+
+
+@pytest.mark.parametrize(
+    ("medians", "settled", "words"),
+    [
+        ([10, 10.1, 10.2, 10.1, 10], True, []),
+        ([10, 10.1, 10.5, 11.8, 12.0], True, ["later repeats were 18% slower than the first: heat, or other programs"]),
+        ([12, 10, 10, 10, 10], True, ["the repeats' decode medians are 20% apart"]),
+        ([10, 10, 10], False, ["the speed did not settle while warming up"]),
+    ],
+)
+def test_what_samples_show(medians: list[float], settled: bool, words: list[str]) -> None:
+    assert disturbance.in_samples(medians, settled) == words
+
+
+def test_kernel_counters_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (
+        ("system/cpu/cpu0/thermal_throttle/core_throttle_count", "4\n"),
+        ("system/cpu/cpu1/thermal_throttle/core_throttle_count", "5\n"),
+        ("cooling_device0/type", "Processor\n"),
+        ("cooling_device0/cur_state", "0\n"),
+        ("cooling_device1/type", "cpufreq-cpu0\n"),
+        ("cooling_device1/cur_state", "2\n"),
+        ("cpu.stat", "nr_throttled 7\nthrottled_usec 2500000\n"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for name in ("_DEVICES", "_THERMAL", "_CGROUPS"):
+        monkeypatch.setattr(machine, name, tmp_path)
+    assert machine.heat_events() == 9
+    assert machine.clock_held_down()
+    (tmp_path / "cooling_device1/cur_state").write_text("0")
+    assert not machine.clock_held_down()
+    assert machine.quota_waits_s() == pytest.approx(2.5)
+    before = machine.cpu_ticks()
+    assert 0 <= before[1] < before[0]
+
+
+@pytest.mark.parametrize(
+    ("medians", "count", "settled"), [((10, 10.1), 2, True), ((40, 20, 20.5), 3, True), ((1, 2, 4, 8, 16, 32), 5, False)]
+)
+def test_warm_up_ends_when_two_rounds_agree(medians: tuple[float, ...], count: int, settled: bool) -> None:
+    asked: list[float] = []
+
+    def one() -> rounds.Round:
+        asked.append(medians[len(asked)])
+        return rounds.Round("v", 1, (rounds.Timing(1, 1, (asked[-1],), 0, 0),), 1, None)
+
+    assert bench._warm_up(one) is settled
+    assert len(asked) == count
 
 
 def test_two_real_files_side_by_side(tiny: Path, tmp_path: Path) -> None:
@@ -170,27 +247,27 @@ def test_error_of_the_runtime_arrives_as_itself(tiny: Path, tmp_path: Path) -> N
     ],
 )
 def test_death_of_a_child_is_reported(program: str, limit: float, words: str) -> None:
-    with pytest.raises(EdgeloraError) as caught, bench._child("x", ("-c", program), limit) as child:
+    with pytest.raises(EdgeloraError) as caught, measuring("x", ("-c", program), limit) as child:
         child.ask({"threads": 1})
     assert caught.value.message == words
 
 
 def test_child_is_killed_when_the_bench_is_interrupted() -> None:
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), bench._child("x", ("-c", "import time; time.sleep(60)")) as child:
+    with pytest.raises(KeyboardInterrupt), measuring("x", ("-c", "import time; time.sleep(60)")) as child:
         raise KeyboardInterrupt
     assert child._process.returncode == -9
     assert time.monotonic() - started < 30
 
 
 def test_child_prints_do_not_spoil_the_answer() -> None:
-    program = "from edgelora import bench\nbench._answer = lambda request: print('noise') or {'it': 'works'}\nbench._serve()"
-    with bench._child("x", ("-c", program)) as child:
+    program = "from edgelora.bench import child\nchild.answer = lambda request: print('noise') or {'it': 'works'}\nchild.serve()"
+    with measuring("x", ("-c", program)) as child:
         assert child.ask({}) == {"it": "works"}
 
 
 def test_bandwidth_of_two_threads_is_a_number_of_gigabytes() -> None:
-    assert 0.2 < bench.read_bandwidth(2, n_bytes=16 << 20, passes=2) < 5000
+    assert 0.2 < rounds.read_bandwidth(2, n_bytes=16 << 20, passes=2) < 5000
 
 
 def test_bench_loads_no_runtime_itself() -> None:

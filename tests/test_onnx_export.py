@@ -23,7 +23,7 @@ from edgelora import artifact
 from edgelora.errors import DiskFull, EdgeloraError, ModelError, Unsupported
 from edgelora.export import onnx as onnx_export
 from edgelora.export import onnx_builder, onnx_graph
-from edgelora.runtime import onnx_runtime
+from edgelora.runtime import onnx_folder, onnx_runtime
 from tests.tiny_models import TEXTS, tiny_model
 
 # (architecture, tied embeddings, type) -> the largest KL divergence from torch in float32, in nats a token: every preset,
@@ -117,7 +117,7 @@ class TestEveryPreset:
         with onnx_runtime.open(exports.export(case), threads=1) as session:
             together = session.score(IDS)
             feed = session._feeder(len(IDS))
-            one_by_one = np.concatenate([onnx_runtime._log_softmax(feed([token])) for token in IDS])
+            one_by_one = np.concatenate([onnx_folder.log_softmax(feed([token])) for token in IDS])
             assert np.array_equal(session.score(IDS, first=150), together[150:])
         # Quantized graphs round activations to 8 bits, and one row goes through another kernel than many.
         assert kl(together, one_by_one) < (1e-8 if case[2] == "fp32" else 1e-3)
@@ -394,7 +394,7 @@ def test_checking_takes_no_memory(hostile: Path) -> None:
     (hostile / "model.onnx").write_bytes(b"\x3a" + varint(len(nodes)) + nodes)
     tracemalloc.start()
     with pytest.raises(ModelError, match="it holds no tensors"):
-        onnx_runtime.check_folder(hostile)
+        onnx_folder.check_folder(hostile)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200_000

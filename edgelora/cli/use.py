@@ -134,9 +134,14 @@ def chat(echo: Output, file: Path, prompt: str | None, system: str | None, max_n
 @click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
 @click.option("--prompt-tokens", default=None, help="Prompt lengths, e.g. 32,128.")
 @click.option("--repeats", type=click.IntRange(3), help="Repeats of every measurement.")
+@click.option(
+    "--runtime", "runtimes", multiple=True, help="Runtime to measure in, or all that open the file; default the first. Repeatable."
+)
 @command
-def bench(echo: Output, files: tuple[Path, ...], threads: int | None, prompt_tokens: str | None, repeats: int | None) -> None:
-    """Load time, time to first token, prefill and decode speed and peak memory of exported files.
+def bench(
+    echo: Output, files: tuple[Path, ...], threads: int | None, prompt_tokens: str | None, repeats: int | None, runtimes: tuple[str, ...]
+) -> None:
+    """Load time, time to first token, prefill and decode speed, memory, CPU time and share of the memory's bandwidth of exported files.
 
     \b
     Example:  edgelora bench a.gguf b.gguf --threads 1
@@ -146,7 +151,6 @@ def bench(echo: Output, files: tuple[Path, ...], threads: int | None, prompt_tok
     from edgelora import bench as benches
     from edgelora import machine
     from edgelora import recipe as recipes
-    from edgelora.runtime import runtime_of
 
     settings = recipes.Bench()
     if prompt_tokens is not None:
@@ -155,10 +159,22 @@ def bench(echo: Output, files: tuple[Path, ...], threads: int | None, prompt_tok
         settings = dataclasses.replace(settings, prompt_tokens=tuple(int(n) for n in prompt_tokens.split(",")))
     if repeats:
         settings = dataclasses.replace(settings, repeats=repeats)
-    named = [(path, runtime_of(path)) for path in files]
+    named = [(path, name) for path in files for name in _runtimes(path, runtimes)]
     with echo.progress() as progress:
         rows = benches.bench_all(named, settings, threads or machine.cores(), lambda share, text: progress("bench", share, text))
     echo.result({"machine": machine.describe(), "bench": rows}, *(lines.bench(row) for row in rows))
+
+
+def _runtimes(path: Path, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The runtimes to measure a file in: those asked for, all that open it, or its first."""
+    from edgelora.runtime import runtimes_of
+
+    able = runtimes_of(path)
+    if "all" in asked:
+        return able
+    if unable := [name for name in asked if name not in able]:
+        raise UsageError(f"{path.name} is not opened by {unable[0]!r}", f"it is opened by {', '.join(able)}")
+    return tuple(dict.fromkeys(asked)) or able[:1]
 
 
 def _session(path: Path, threads: int | None) -> Any:

@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 
 from edgelora.errors import ModelError
-from edgelora.runtime import onnx_runtime
+from edgelora.runtime.onnx_folder import GRAPH
 
 BLOCK = 32  # weights that share a scale
-_DATA = f"{onnx_runtime.GRAPH}.data"
+_DATA = f"{GRAPH}.data"
 
 
 def tidy(folder: Path, type: str, tied: bool) -> None:
@@ -24,7 +24,7 @@ def tidy(folder: Path, type: str, tied: bool) -> None:
     The builder stamps the commit of whatever git checkout it runs in into producer_version. It leaves the cache's last
     dimension symbolic, where transformers.js and our runtime want to read the head size.
     """
-    path = folder / onnx_runtime.GRAPH
+    path = folder / GRAPH
     model = onnx.load(path, load_external_data=False)
     model.producer_version = model.producer_version.partition("+")[0]
     head_size = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]

@@ -3,6 +3,7 @@
     REQUIRES: tuple[str, ...]               # importable modules it needs
     def version() -> str                    # 'llama.cpp 0.3.36 (llama-cpp-python)'
     def open(path: Path, threads: int) -> Session
+    def bytes_per_token(path: Path) -> int  # optional: bytes of weights that decoding one token reads
 
 A Session is as narrow as it can be, so that a later runtime behind a cable can serve it too.
 """
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 RUNTIMES = {
     "llama.cpp": "edgelora.runtime.llama_cpp",
     "onnxruntime": "edgelora.runtime.onnx_runtime",
+    "onnxruntime-genai": "edgelora.runtime.onnx_genai",
     "torch": "edgelora.runtime.torch_reference",
 }
 
@@ -74,6 +76,12 @@ def runtime(name: str) -> RuntimeModule:
     from edgelora import doctor
 
     return cast(RuntimeModule, doctor.load(RUNTIMES[name]))
+
+
+def runtimes_of(path: Path) -> tuple[str, ...]:
+    """Every runtime that opens `path`, the one that `runtime_of` names first."""
+    first = runtime_of(path)
+    return (first, "onnxruntime-genai") if first == "onnxruntime" else (first,)
 
 
 def runtime_of(path: Path) -> str:

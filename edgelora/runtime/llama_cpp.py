@@ -24,6 +24,7 @@ import numpy as np
 from edgelora import machine
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
 from edgelora.gguf_header import Array, Header, read_header
+from edgelora.size import traffic
 
 REQUIRES = ("llama_cpp", "numpy")
 
@@ -67,20 +68,8 @@ def open_vocabulary(path: Path) -> Vocabulary:
 
 
 def bytes_per_token(path: Path) -> int:
-    """Bytes of weights that decoding one token reads. Of an embedding table of its own that is one row; of experts, those used."""
-    header = read_header(path)
-    tied = not any(t.name == "output.weight" for t in header.tensors)
-    arch = header.metadata.get("general.architecture")
-    experts, used = (header.metadata.get(f"{arch}.expert_{word}", 0) for word in ("count", "used_count"))
-    total = 0
-    for tensor in header.tensors:
-        if tensor.name == "token_embd.weight" and not tied:
-            total += tensor.n_bytes // tensor.shape[1]
-        elif "_exps." in tensor.name and experts:
-            total += tensor.n_bytes * used // experts
-        else:
-            total += tensor.n_bytes
-    return total
+    """Bytes of weights that decoding one token reads; see `edgelora.size.traffic`."""
+    return traffic.bytes_per_token(path)
 
 
 class Vocabulary:

@@ -1,0 +1,6 @@
+import contextlib
+
+from edgelora.bench.child import serve
+
+with contextlib.suppress(KeyboardInterrupt):
+    serve()

@@ -1,0 +1,135 @@
+"""The measuring process: `python -m edgelora.bench` holds the runtime and nothing else; one JSON object a line in, one out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edgelora import errors, machine
+from edgelora.bench.rounds import Round, Timing, measure, read_bandwidth
+from edgelora.errors import EdgeloraError
+from edgelora.runtime import runtime
+
+_LIMIT_S = 900.0  # for one round of one file
+
+
+class Child:
+    """Our end of a measuring process."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str], words: Any, limit_s: float) -> None:
+        self._name = name
+        self._process = process
+        self._words = words
+        self._limit_s = limit_s
+
+    def round(self, request: dict[str, Any]) -> Round:
+        """One round of the file that `request` names."""
+        reply = self.ask(request)
+        timings = tuple(Timing(**{**t, "decode_ms": tuple(t["decode_ms"])}) for t in reply["timings"])
+        return Round(**{**reply, "timings": timings})
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request. Raises what the runtime raised, EdgeloraError when the process crashed or hung."""
+        assert self._process.stdin and self._process.stdout
+        timed_out = threading.Event()
+
+        def give_up() -> None:
+            timed_out.set()
+            self._process.kill()
+
+        late = threading.Timer(self._limit_s, give_up)
+        late.start()
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            late.cancel()
+        if not line:
+            raise self._death(timed_out.is_set())
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            kind = getattr(errors, reply["error"], EdgeloraError)
+            raise kind(reply["message"], reply["hint"])
+        return reply
+
+    def _death(self, timed_out: bool) -> EdgeloraError:
+        code = self._process.wait()
+        self._words.seek(0)
+        said = [line.strip() for line in self._words.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        how = (
+            f"took longer than {self._limit_s:.0f} s"
+            if timed_out
+            else f"died of signal {-code}"
+            if code < 0
+            else f"ended with status {code}"
+        )
+        return EdgeloraError(
+            f"the bench of {self._name} {how}: {said[-1] if said else 'it said nothing'}",
+            "measure it with fewer tokens, or free some memory",
+        )
+
+
+@contextlib.contextmanager
+def measuring(name: str, command: Sequence[str] = ("-m", "edgelora.bench"), limit_s: float = _LIMIT_S) -> Iterator[Child]:
+    """A measuring process; killed when the block is left, whatever happened."""
+    source = str(Path(__file__).resolve().parents[2])  # also where edgelora runs from its checkout
+    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        try:
+            yield Child(name, process, words, limit_s)
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    if "file" not in request:
+        return {"bandwidth_gb_per_s": read_bandwidth(request["threads"])}
+    opened, path = runtime(request["runtime"]), Path(request["file"])
+    load_ms, timings = measure(
+        lambda: opened.open(path, request["threads"]),
+        request["prompt_tokens"],
+        request["decode_tokens"],
+        time.perf_counter,
+        time.process_time,
+    )
+    count = getattr(opened, "bytes_per_token", None)  # a runtime that cannot tell leaves it out
+    return asdict(Round(opened.version(), load_ms, timings, machine.peak_rss_bytes(), count(path) if count else None))
+
+
+def serve() -> None:
+    """Answer requests until the parent closes our input. Whatever a runtime prints goes to stderr, out of the replies' way."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            reply = answer(json.loads(line))
+        except EdgeloraError as error:
+            reply = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()

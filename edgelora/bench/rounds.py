@@ -1,0 +1,98 @@
+"""One repeat of one file, measured inside the process that holds the runtime; and the memory's own speed."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from edgelora.runtime import Session
+
+WORKLOAD = 1  # of the text, the order and the warm-up below: rows of another number did other work
+_BANDWIDTH_BYTES = 256 << 20  # beyond every cache of today's edge processors
+_TEXT = (
+    "A small model reads a prompt all at once and then writes its answer one token after the other. Reading is bound by "
+    "arithmetic, since every weight that is fetched serves the whole prompt. Writing is bound by memory, since every token "
+    "has to fetch all weights again. That is why a file of half the size answers almost twice as fast on the same phone. "
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One prompt, read and continued: milliseconds to the first token and of each later one, and the CPU seconds of both parts."""
+
+    prompt_tokens: int
+    ttft_ms: float
+    decode_ms: tuple[float, ...]
+    prefill_cpu_s: float
+    decode_cpu_s: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One repeat of one file: opened, warmed, timed on every prompt, closed."""
+
+    version: str
+    load_ms: float
+    timings: tuple[Timing, ...]
+    peak_rss_bytes: int
+    bytes_per_token: int | None  # of weights, by the runtime's own account of the file
+
+
+def measure(
+    open_session: Callable[[], Session],
+    prompt_tokens: Sequence[int],
+    decode_tokens: int,
+    clock: Callable[[], float],
+    cpu_clock: Callable[[], float],
+) -> tuple[float, tuple[Timing, ...]]:
+    """One round: (milliseconds to open, a Timing per prompt length). Both clocks tell seconds.
+
+    Before anything is timed the longest prompt is read once: it makes the context and touches every weight.
+    """
+    started = clock()
+    with open_session() as session:
+        load_ms = 1000 * (clock() - started)
+        ids = prompt(session, max(prompt_tokens))
+        deque(islice(session.generate(ids, decode_tokens + 1, ()), 2), maxlen=0)
+        return load_ms, tuple(_timing(session, ids[:n], decode_tokens, clock, cpu_clock) for n in prompt_tokens)
+
+
+def prompt(session: Session, n: int) -> list[int]:
+    """The first n ids of our paragraph, said as often as it takes."""
+    ids = session.tokenize(_TEXT)
+    return (ids * (n // len(ids) + 1))[:n]
+
+
+def read_bandwidth(threads: int, n_bytes: int = _BANDWIDTH_BYTES, passes: int = 7) -> float:
+    """GB/s (10^9) that `threads` threads together read from memory: the best pass, as this is a ceiling.
+
+    The maximum of bytes is the cheapest thing numpy computes: one vector instruction for every 16 to 64 of them.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+
+    slices = np.array_split(np.ones(n_bytes, np.uint8), threads)
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(passes):
+            started = time.perf_counter()
+            list(pool.map(np.max, slices))  # numpy lets go of the interpreter lock meanwhile
+            best = min(best, time.perf_counter() - started)
+    return n_bytes / best / 1e9
+
+
+def _timing(session: Session, ids: list[int], decode_tokens: int, clock: Callable[[], float], cpu_clock: Callable[[], float]) -> Timing:
+    started, cpu_started = clock(), cpu_clock()
+    tokens = session.generate(ids, decode_tokens + 1, ())
+    next(tokens)
+    now, cpu = clock(), cpu_clock()
+    ttft_ms = 1000 * (now - started)
+    decode_ms = []
+    for _ in tokens:
+        before, now = now, clock()
+        decode_ms.append(1000 * (now - before))
+    return Timing(len(ids), ttft_ms, tuple(decode_ms), cpu - cpu_started, cpu_clock() - cpu)
