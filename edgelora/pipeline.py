@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgelora import artifact, check, machine, models, quality, tuned
+from edgelora import artifact, check, machine, models, quality, roofline, tuned
 from edgelora import bench as benches
 from edgelora import recipe as recipes
 from edgelora import report as reports
@@ -21,6 +21,7 @@ from edgelora.artifact import Artifact
 from edgelora.data import chat, split
 from edgelora.data.split import Dataset
 from edgelora.export import stage as exports
+from edgelora.size import traffic
 
 Progress = Callable[[str, float, str], None]  # stage, share done, what is going on
 
@@ -43,6 +44,7 @@ def run(recipe: recipes.Recipe, progress: Progress) -> Result:
     out = recipe.out_dir
     with artifact.locked(out):
         dataset = split.load(recipe)
+        roofline.chosen(roofline.load(), recipe.bench.estimate)  # an unknown device is told now, not after the training
         preflight.packages(recipe)
         base = models.open_base(recipe.base, recipe.folder, out)
         preflight.resources(recipe, base, dataset)
@@ -118,7 +120,11 @@ def bench(recipe: recipes.Recipe, made: Sequence[Artifact], out: Path, progress:
         "bench",
         lambda folder: {"rows": benches.bench_all(files, recipe.bench, threads(recipe), progress), "machine": machine.describe()},
         made_from={str(export.facts["file"]): export.key for export in made},
-        recipe={**recipes.as_dict(recipe.bench), "threads": threads(recipe), "machine": machine.describe()["class"]},
+        recipe={
+            **{key: value for key, value in recipes.as_dict(recipe.bench).items() if key != "estimate"},  # measures nothing
+            "threads": threads(recipe),
+            "machine": machine.describe()["class"],
+        },
         versions=artifact.versions_of("llama-cpp-python", "onnxruntime"),
     )
 
@@ -139,7 +145,8 @@ def collect(
         facts = dict(export.facts)
         name = str(facts["file"])
         sha = export.files.get(name)
-        files.append({**facts, **({"sha256": sha} if sha else {})})
+        parts = reports.parts(exports.exported_path(export))
+        files.append({**facts, "parts": parts, **({"sha256": sha} if sha else {})})
     return {
         "schema": reports.SCHEMA,
         "name": recipe.name,
@@ -154,9 +161,22 @@ def collect(
         "files": files,
         **judged.facts,
         "bench": timed.facts["rows"],
+        "estimates": estimates(recipe, made),
         "commands": [f"edgelora run {recipe.name}.yaml"],
         "notes": _notes(dataset, base),
     }
+
+
+def estimates(recipe: recipes.Recipe, made: Sequence[Artifact]) -> list[dict[str, Any]]:
+    """What the devices that the recipe names should reach with each exported file: never measured."""
+    if not recipe.bench.estimate:
+        return []
+    table, rows = roofline.load(), []
+    for device in roofline.chosen(table, recipe.bench.estimate):
+        for path in map(exports.exported_path, made):
+            read = traffic.bytes_per_token(path)
+            rows.append(roofline.estimate(table, device, roofline.runtime_for(path), path.name, read).as_row())
+    return rows
 
 
 def _shown(recipe: recipes.Recipe) -> dict[str, Any]:

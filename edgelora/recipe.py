@@ -140,6 +140,7 @@ class Bench:
     prompt_tokens: tuple[int, ...] = (32, 128)
     decode_tokens: int = 32
     repeats: int = 5
+    estimate: tuple[str, ...] = ()  # devices of edgelora/devices.yaml whose speed the report estimates, or all
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def test_two_real_files_side_by_side(tiny: Path, tmp_path: Path) -> None:
         assert row["decode_tok_per_s"] == pytest.approx(1000 / statistics.median(samples["decode"]))
         assert row["size_bytes"] == tiny.stat().st_size
         assert 10e6 < row["peak_rss_bytes"] < 200e6  # a child without torch, whatever this process holds
-        assert 0 < row["bandwidth_share"] < 1
+        assert row["bandwidth_share"] > 0  # a file as small as this one lives in a cache, which may be faster than the memory
         assert 0.5 < row["bandwidth_gb_per_s"] < 2000
         assert "llama.cpp" in row["runtime_version"]
     turns = [text.split(",")[0] for text in seen if "repeat" in text]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import hashlib
 import json
 import math
 import os
@@ -19,7 +21,7 @@ import yaml
 
 from edgelora import report
 from edgelora.errors import DiskFull, EdgeloraError, ModelError, UsageError
-from edgelora.report import figures, markdown, markup, plot, schema
+from edgelora.report import figures, fronts, markdown, markup, plot, schema, sorting
 
 GGUF, ONNX = "quickstart-q4_k_m.gguf", "quickstart-int4-mixed-onnx"
 QUESTION, ANSWER = "荷物が届かない場合はどうすればよいですか。", "「注文履歴」から調査を依頼してください。"
@@ -86,6 +88,11 @@ def doc() -> dict[str, Any]:
                 "tokens_equal": True,
                 "template_equal": True,
                 "sha256": "9f2c4e01aa" + "0" * 54,
+                "parts": {
+                    "embedding": {"Q8_0": 30_081_024},
+                    "attention": {"Q4_K": 20_000_000, "Q6_K": 5_000_000},
+                    "metadata": {"-": 380_320},
+                },
             },
             {
                 "file": ONNX,
@@ -132,6 +139,22 @@ def doc() -> dict[str, Any]:
                 "samples_ms": {"ttft": [117.0, 118.4, 131.0], "decode": [15.1, 15.3, 15.6]},
             }
         ],
+        "estimates": [
+            {
+                "file": GGUF,
+                "runtime": "llama.cpp",
+                "device": "Raspberry Pi 5",
+                "decode_tok_per_s": 101.3,
+                "low": 77.8,
+                "high": 131.2,
+                "bytes_per_token": 103_400_000,
+                "bandwidth_gb_per_s": 17.1,
+                "efficiency": 0.62,
+                "validated": True,
+                "trust": "leaving each of 4 published figures on 1 device out: at most 10% off",
+                "source": "LPDDR4X-4267, 32 bits wide",
+            }
+        ],
         "checks": [{"what": f"size of {GGUF}", "limit": "<= 130 MB", "value": "105.5 MB", "ok": True}],
         "commands": ["edgelora run quickstart.yaml"],
         "notes": ["Other work ran on this machine."],
@@ -151,6 +174,7 @@ class Page(HTMLParser):
         self.prose: list[str] = []
         self.headings: list[str] = []
         self.open: list[str] = []
+        self.scripts: list[str] = []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -165,7 +189,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
             self.text.append(data)
             if self.open[-1] != "code":  # a recipe may say null
                 self.prose.append(data)
@@ -179,9 +205,9 @@ class Page(HTMLParser):
 
 TAGS = {"html", "head", "meta", "title", "style", "body", "main", "header", "section", "article", "h1", "h2", "h3", "p", "div"}
 TAGS |= {"span", "i", "bdi", "figure", "figcaption", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "pre", "code"}
-TAGS |= {"details", "summary", "svg", "text", "rect", "line", "circle", "polyline"}
+TAGS |= {"details", "summary", "svg", "text", "rect", "line", "circle", "polyline", "path", "script"}
 ATTRIBUTES = {"lang", "dir", "charset", "name", "content", "http-equiv", "class", "scope", "tabindex", "role", "aria-label"}
-ATTRIBUTES |= {"viewbox", "x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "r", "rx", "width", "height", "points"}
+ATTRIBUTES |= {"viewbox", "x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "r", "rx", "width", "height", "points", "d", "data-by"}
 MINUS = "\u2212"
 UNMEASURED = re.compile(r"\b(None|nan|NaN|inf|null|undefined|Infinity)\b")
 
@@ -203,9 +229,9 @@ The file that ships: 105.5 MB, 41 % lower loss than the untuned base on paraphra
 | ✓ both equal | `9f2c4e01aa00` |
 | `{ONNX}` | onnx int4-mixed | onnxruntime | 113.6 MB | 0.157 |  | 8,245 tokens | ✗ template differs |  |
 
-| Set | File | Loss, untuned base | Loss, this file | Change | n |
-| :-- | :-- | --: | --: | --: | --: |
-| paraphrase | `{GGUF}` | 2.914 [2.784, 3.054] | 1.719 [1.629, 1.819] | {MINUS}41.0 % [{MINUS}45.0, {MINUS}37.6] | 60 rows (4,120 tokens) |
+| Set | File | Loss, untuned base | Loss, this file | Perplexity | Change | n |
+| :-- | :-- | --: | --: | --: | --: | --: |
+| paraphrase | `{GGUF}` | 2.914 [2.784, 3.054] | 1.719 [1.629, 1.819] | 5.58 [5.10, 6.17] | {MINUS}41.0 % [{MINUS}45.0, {MINUS}37.6] | 60 rows (4,120 tokens) |
 
 | Set | File | Accuracy, untuned base | Accuracy, this file | n |
 | :-- | :-- | --: | --: | --: |
@@ -285,8 +311,10 @@ def test_page_reads_in_order(doc: dict[str, Any]) -> None:
     page = Page(report.to_html(doc))
     assert page.headings == [
         "Training, size and quality",
+        "Where the MB go",
         "Loss before and after",
-        "Speed on this machine",
+        "Speed on this machine (x86-2core)",
+        "Estimates for other devices",
         "Answers side by side",
         "Which merge was kept",
         "Checks",
@@ -384,6 +412,7 @@ def test_hostile_text_stays_text(doc: dict[str, Any], text: str, tmp_path: Path)
     doc = schema.plain(_replaced(doc, text))
     html = report.to_html(doc)
     page = Page(html)
+    assert page.scripts == [sorting.SCRIPT]
     assert page.tags <= TAGS
     assert {name for _, name, _ in page.attributes} <= ATTRIBUTES
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
@@ -429,9 +458,14 @@ def test_markdown_escapes_what_means_something_and_no_more(text: str, escaped: s
 
 def test_page_reaches_for_nothing(doc: dict[str, Any]) -> None:
     for html in (report.to_html(doc), report.to_html(report.compare([doc, doc]))):
-        assert not re.search(r"https?:|//[a-z]|\bsrc=|\bhref=|url\(|@import|<script|<link|<iframe|\bon\w+=", html, re.I)
-        policy = next(value for tag, name, value in Page(html).attributes if tag == "meta" and name == "content")
-        assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+        assert not re.search(r"https?:|//[a-z]|\bsrc=|\bhref=|url\(|@import|<link|<iframe|\bon\w+=", html, re.I)
+        page = Page(html)
+        assert page.scripts == [sorting.SCRIPT]  # ours, and its hash is the one that the policy allows
+        own = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
+        policy = next(value for tag, name, value in page.attributes if tag == "meta" and name == "content")
+        assert policy == (
+            f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{own}'; img-src data:; base-uri 'none'; form-action 'none'"
+        )
 
 
 def test_a_long_answer_is_folded_and_whole(doc: dict[str, Any]) -> None:
@@ -603,7 +637,14 @@ def test_comparison_joins_by_type_and_shows_the_change(doc: dict[str, Any], tmp_
     assert "| KL to the trained model | 0.0396 [0.0381, 0.0412] | 0.0515 (+30.0 %) |" in text
     assert f"| same top token | 91.2 % | 90.0 % ({MINUS}1.2 points) |" in text
     page = Page(report.to_html(joined))
-    assert page.headings == ["Runs", "Size and quality", "gguf q4_k_m", "onnx int4-mixed"]
+    assert page.headings == [
+        "What really differs",
+        "What is noise",
+        "Runs",
+        "Size and quality",
+        "gguf q4_k_m",
+        "onnx int4-mixed",
+    ]
     assert page.tags <= TAGS
     paths = report.write(joined, tmp_path)
     assert paths["html"].name == "comparison.html"
@@ -620,11 +661,100 @@ def test_comparison_warns_of_what_does_not_compare(doc: dict[str, Any]) -> None:
     joined = report.compare([doc, other])
     assert joined["notes"] == [
         "The runs come from different machines (x86-2core, h100-80gb): their speeds and memory do not compare.",
+        "1: quickstart ships quickstart-q4_k_m.gguf (llama.cpp, 1 thread).",
+        "2: quickstart ships quickstart-q4_k_m.gguf (llama.cpp, 2 threads).",
         "gguf q4_k_m, loss on paraphrase: the runs measured different samples (n = 4,120, 999), so they do not compare row by row.",
     ]
-    decode = [row["values"] for row in joined["rows"] if row["what"].startswith("decode")]
+    decode = [row["values"] for row in joined["rows"] if row["what"].startswith("decode") and row["type"] == "q4_k_m"]
     assert decode == [[65.27, None], [None, 65.27]]  # one thread against two is no comparison
     assert all(re.sub(r"\\(?=\|)", "", note) in Page(report.to_html(joined)).text for note in joined["notes"])
+
+
+def _timed(decode_ms: float, spread: float = 0.01, **changed: Any) -> dict[str, Any]:
+    """A report of one file whose repeats scatter by `spread`."""
+    rng = random.Random(f"{decode_ms} {spread} {changed}")
+    each = [decode_ms * (1 + spread * rng.random()) for _ in range(5)]
+    samples = {"ttft": [10 * ms for ms in each], "decode": [ms * (1 + 0.005 * rng.random()) for ms in each for _ in range(8)]}
+    row = {
+        "file": "bot.gguf",
+        "runtime": "llama.cpp",
+        "threads": 1,
+        "prompt_tokens": 32,
+        "decode_tok_per_s": 1000 / decode_ms,
+        "samples_ms": samples,
+    }
+    file = {"file": "bot.gguf", "format": "gguf", "size_bytes": 100, "kl": 0.05, "kl_low": 0.04, "kl_high": 0.06, "tokens": 900}
+    return {
+        "schema": 1,
+        "name": "bot",
+        "created": str(decode_ms),
+        "machine": {"class": "x86-2core"},
+        "files": [file | changed],
+        "bench": [row],
+    }
+
+
+@pytest.mark.parametrize(
+    ("other", "what", "word", "why"),
+    [
+        (_timed(10.1), "decode (llama.cpp, 1 thread, 32-token prompt)", "noise", "within 5%"),
+        (_timed(11.5), "decode (llama.cpp, 1 thread, 32-token prompt)", "real", "slower, p = 0.004 that this is chance"),
+        (_timed(8.8), "decode (llama.cpp, 1 thread, 32-token prompt)", "real", "faster, p = 0.004 that this is chance"),
+        (
+            {**_timed(11.5), "machine": {"class": "arm64-4core"}},
+            "decode (llama.cpp, 1 thread, 32-token prompt)",
+            "cannot tell",
+            "other machines",
+        ),
+        (_timed(10.1, kl=0.055, kl_low=0.045, kl_high=0.065), "KL to the trained model", "noise", "the 95 % intervals overlap"),
+        (_timed(10.1, kl=0.09, kl_low=0.08, kl_high=0.1), "KL to the trained model", "real", "the 95 % intervals do not overlap"),
+        (
+            _timed(10.1, kl=0.09, kl_low=0.08, kl_high=0.1, tokens=800),
+            "KL to the trained model",
+            "cannot tell",
+            "measured on other rows (n = 900 and 800)",
+        ),
+        (_timed(10.1, size_bytes=101), "size", "real", "sizes are exact"),
+    ],
+)
+def test_comparison_tells_what_differs_from_noise(other: dict[str, Any], what: str, word: str, why: str) -> None:
+    joined = report.compare([_timed(10.0), other])
+    (row,) = [row for row in joined["rows"] if row["what"] == what]
+    assert row["verdicts"][0] is None
+    assert row["verdicts"][1]["word"] == word
+    assert row["verdicts"][1]["why"].startswith(why)
+    title = {"real": "What really differs", "noise": "What is noise", "cannot tell": "What cannot be told"}[word]
+    page = Page(report.to_html(joined))
+    assert title in page.headings
+    assert any(what in text and why in text for text in page.text)
+    assert f"#### {title}" in report.to_markdown(joined)
+
+
+def test_repeats_that_overlap_tell_nothing() -> None:
+    """The fastest tenth is 8 % slower, and two of five repeats of each lie among the other's."""
+    one, two = _timed(10.0), _timed(10.9)
+    for doc, each in ((one, (10.0, 10.2, 11.0, 13.0, 14.0)), (two, (10.8, 11.2, 12.0, 13.5, 14.5))):
+        doc["bench"][0]["samples_ms"] = {"ttft": list(each), "decode": [ms for ms in each for _ in range(8)]}
+    (row,) = [row for row in report.compare([one, two])["rows"] if row["what"].startswith("decode")]
+    assert row["verdicts"][1]["word"] == "cannot tell"
+    assert row["verdicts"][1]["why"].startswith("the repeats do not differ enough")
+
+
+def test_equal_sizes_are_not_worth_a_word() -> None:
+    joined = report.compare([_timed(10.0), _timed(10.1)])
+    assert [row["verdicts"][1] for row in joined["rows"] if row["what"] == "size"] == [None]
+
+
+def test_runs_that_ship_different_files_are_compared_by_what_they_ship() -> None:
+    """Two threads against one is other work for a file's row, and a real difference of what is shipped."""
+    one, two = _timed(10.0), _timed(11.5)
+    two["bench"][0]["threads"] = 2
+    joined = report.compare([one, two])
+    rows = {(row["type"], row["what"]): row for row in joined["rows"]}
+    assert rows["the file that ships", "decode (32-token prompt)"]["verdicts"][1]["word"] == "real"
+    assert rows["bot.gguf", "decode (llama.cpp, 2 threads, 32-token prompt)"]["values"] == [None, 1000 / 11.5]
+    assert "bot 11.5 ships bot.gguf (llama.cpp, 2 threads)." in joined["notes"]
+    assert not any(row["type"] == "the file that ships" for row in report.compare([one, _timed(11.5)])["rows"])
 
 
 def test_comparison_of_one_is_a_usage_error(doc: dict[str, Any]) -> None:
@@ -706,6 +836,74 @@ def test_scatter_labels_do_not_overlap() -> None:
         assert a[2] <= plot.WIDTH
         for b in boxes[:i]:
             assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3], (a, b)
+
+
+# --- fronts ------------------------------------------------------------------------------------------------------
+
+
+def _point(label: str, x: float, y: float, out: str = "") -> plot.Point:
+    return plot.Point(label, x, y, None, None, "s0", label, file=label, out=out)
+
+
+def test_front_is_what_nothing_beats() -> None:
+    points = [
+        _point("small", 80, 0.3),
+        _point("good", 110, 0.02),
+        _point("middle", 95, 0.1),
+        _point("beaten", 100, 0.2),
+        _point("same", 95, 0.1),
+    ]
+    assert [p.label for p in fronts.front(points)] == ["small", "middle", "same", "good"]
+    speeds = [_point("fast", 150, 0.3), _point("slow and bad", 100, 0.4), _point("slow and good", 100, 0.1)]
+    assert [p.label for p in fronts.front(speeds, more_is_better=True)] == ["slow and good", "fast"]
+    rng = random.Random(3)
+    cloud = [_point(str(i), rng.random(), rng.random()) for i in range(200)]
+    found = fronts.front(cloud)
+    assert [p.y for p in found] == sorted((p.y for p in found), reverse=True)  # each step right is a step down
+    assert all(any(q.x <= p.x and q.y <= p.y for q in found) for p in cloud)
+
+
+@pytest.mark.parametrize("kind", ["kl", "loss", "guessing"])
+def test_a_file_that_answers_nonsense_fast_is_never_on_a_front(kind: str) -> None:
+    """Smallest and fastest of all, and worth nothing: it would be on both fronts by its size and its speed alone."""
+    files = [
+        {"file": f"{name}.gguf", "size_bytes": size, "tokens": 900}
+        for name, size in (("good", 110_000_000), ("small", 90_000_000), ("nonsense", 70_000_000))
+    ]
+    doc: dict[str, Any] = {"schema": 1, "name": "x", "files": files}
+    speeds = {"good.gguf": 100.0, "small.gguf": 130.0, "nonsense.gguf": 400.0}
+    doc["bench"] = [
+        {"file": file, "runtime": "llama.cpp", "threads": 2, "prompt_tokens": 32, "decode_tok_per_s": s} for file, s in speeds.items()
+    ]
+    bad = {"kl": 5.4, "loss": 6.1, "guessing": 7.3}[kind]
+    good = (0.02, 0.1) if kind == "kl" else (1.9, 2.0) if kind == "loss" else (6.9, 6.95)
+    for file, value in zip(files, (*good, bad), strict=True):
+        if kind == "kl":
+            file["kl"] = value
+        else:
+            doc.setdefault("losses", []).append({"set": "held", "file": file["file"], "rows": 60, "after": {"loss": value}})
+    assert list(fronts.nonsense(doc)) == ["nonsense.gguf"]
+    html = report.to_html(doc)
+    page = Page(html)
+    assert page.text.count("answers nonsense: never on the front") == 2
+    lines = re.findall(r'<polyline points="([^"]+)" class="frontier"', html)
+    assert [len(line.split()) for line in lines] == [2, 2]  # good and small, in both plots
+    crosses = re.findall(r'<path d="M([-\d.]+),([-\d.]+)l9,9[^"]*" class="cross', html)
+    assert len(crosses) == 2
+    centres = {(f"{float(x) + 4.5:.1f}", f"{float(y) + 4.5:.1f}") for x, y in crosses}
+    drawn = {tuple(f"{float(v):.1f}" for v in pair.split(",")) for line in lines for pair in line.split()}
+    assert not centres & drawn
+
+
+def test_a_file_whose_quality_nobody_measured_is_not_in_the_plots() -> None:
+    doc = {
+        "schema": 1,
+        "name": "x",
+        "files": [{"file": "a", "size_bytes": 5}],
+        "bench": [{"file": "a", "prompt_tokens": 8, "decode_tok_per_s": 9.0}],
+    }
+    assert fronts.size_quality(doc, {"a": "s0"}, {}) == ""
+    assert fronts.speed_quality(doc, {"a": "s0"}, {}) == ""
 
 
 def test_labels_are_cut_in_the_middle_to_fit() -> None:

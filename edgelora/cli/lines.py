@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from edgelora.report.figures import number
 
 
 def training(facts: Any) -> list[str]:
@@ -37,6 +40,33 @@ def bench(row: Any) -> str:
         f"{row['file']}  {row['runtime']}, {row['threads']} threads, prompt {row['prompt_tokens']}: first token {row['ttft_ms']:.0f} ms, "
         f"prefill {row['prefill_tok_per_s']:.0f} tok/s, decode {row['decode_tok_per_s']:.1f} tok/s{reached}, "
         f"peak {row['peak_rss_bytes'] / 1e6:.0f} MB" + (f"; doubtful: {row['noisy_why']}" if row["noisy"] else "")
+    )
+
+
+def quality(row: Any) -> str:
+    after = row["after"]
+    return (
+        f"{row['file']} on {row['set']} (n = {row['rows']} rows): loss {after['loss']:.4f} [{after['low']:.4f}, {after['high']:.4f}], "
+        f"perplexity {math.exp(after['loss']):.4g}"
+    )
+
+
+def divergence(row: Any) -> str:
+    return (
+        f"{row['file']} against the reference (n = {row['rows']} rows): KL {row['kl']:.3g} [{row['kl_low']:.3g}, {row['kl_high']:.3g}] "
+        f"nats a token, top-1 {row['top1']:.1%}"
+    )
+
+
+def accuracy(row: Any) -> str:
+    return f"{row['file']} on {row['set']} (n = {row['rows']} rows): accuracy {row['after']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
+
+
+def estimate(row: Any) -> str:
+    return (
+        f"ESTIMATE  {row['device']}, {row['file']} in {row['runtime']}: decode about {number(row['decode_tok_per_s'], 2)} tok/s "
+        f"({number(row['low'], 2)} to {number(row['high'], 2)})\n"
+        f"          {row['efficiency']:.0%} of {row['bandwidth_gb_per_s']:g} GB/s over {row['bytes_per_token'] / 1e6:.0f} MB a token; {row['trust']}"
     )
 
 

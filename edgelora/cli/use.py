@@ -1,4 +1,4 @@
-"""Commands that use an exported file: eval, predict, chat, bench."""
+"""Commands that use an exported file: eval, predict, chat."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelora.cli import lines
 from edgelora.cli.output import PATH, Output, Progress, command
 from edgelora.cli.reading import reading
 from edgelora.errors import DataError, UsageError
@@ -85,7 +84,7 @@ def predict(
 
     talk.check_suffix(output)  # before an hour of answers, not after
     table = read(rows, reading, answered=False)
-    chosen = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else _labels(file)
+    chosen = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else labels_of(file)
     if labels is not None and len(chosen) < 2:
         raise UsageError(f"--labels {labels!r}: a choice needs at least two labels", "for instance --labels positive,negative")
     with echo.progress() as progress, _session(file, threads) as session:
@@ -129,54 +128,6 @@ def chat(echo: Output, file: Path, prompt: str | None, system: str | None, max_n
         echo.result([{"role": role, "content": content} for role, content in history])
 
 
-@click.command()
-@click.argument("files", type=PATH, nargs=-1, required=True)
-@click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
-@click.option("--prompt-tokens", default=None, help="Prompt lengths, e.g. 32,128.")
-@click.option("--repeats", type=click.IntRange(3), help="Repeats of every measurement.")
-@click.option(
-    "--runtime", "runtimes", multiple=True, help="Runtime to measure in, or all that open the file; default the first. Repeatable."
-)
-@command
-def bench(
-    echo: Output, files: tuple[Path, ...], threads: int | None, prompt_tokens: str | None, repeats: int | None, runtimes: tuple[str, ...]
-) -> None:
-    """Load time, time to first token, prefill and decode speed, memory, CPU time and share of the memory's bandwidth of exported files.
-
-    \b
-    Example:  edgelora bench a.gguf b.gguf --threads 1
-    """
-    import dataclasses
-
-    from edgelora import bench as benches
-    from edgelora import machine
-    from edgelora import recipe as recipes
-
-    settings = recipes.Bench()
-    if prompt_tokens is not None:
-        if not all(n.strip().isdigit() and int(n) > 0 for n in prompt_tokens.split(",")):
-            raise UsageError(f"--prompt-tokens {prompt_tokens!r} are not counts above 0", "for instance --prompt-tokens 32,128")
-        settings = dataclasses.replace(settings, prompt_tokens=tuple(int(n) for n in prompt_tokens.split(",")))
-    if repeats:
-        settings = dataclasses.replace(settings, repeats=repeats)
-    named = [(path, name) for path in files for name in _runtimes(path, runtimes)]
-    with echo.progress() as progress:
-        rows = benches.bench_all(named, settings, threads or machine.cores(), lambda share, text: progress("bench", share, text))
-    echo.result({"machine": machine.describe(), "bench": rows}, *(lines.bench(row) for row in rows))
-
-
-def _runtimes(path: Path, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The runtimes to measure a file in: those asked for, all that open it, or its first."""
-    from edgelora.runtime import runtimes_of
-
-    able = runtimes_of(path)
-    if "all" in asked:
-        return able
-    if unable := [name for name in asked if name not in able]:
-        raise UsageError(f"{path.name} is not opened by {unable[0]!r}", f"it is opened by {', '.join(able)}")
-    return tuple(dict.fromkeys(asked)) or able[:1]
-
-
 def _session(path: Path, threads: int | None) -> Any:
     from edgelora import doctor, machine
     from edgelora.runtime import runtime, runtime_of
@@ -187,7 +138,7 @@ def _session(path: Path, threads: int | None) -> Any:
     return opened.open(path, threads or machine.cores())
 
 
-def _labels(file: Path) -> list[str]:
+def labels_of(file: Path) -> list[str]:
     """The labels an exported classifier was trained on, from the manifest beside it."""
     from edgelora import artifact
 

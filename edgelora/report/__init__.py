@@ -4,8 +4,10 @@
     figures     a number -> text with its unit
     tables      the document -> tables of text, shared by Markdown and HTML
     markdown    fits a pull-request comment
-    page        one self-contained HTML file: no script, no network; plot draws its SVG, style dresses it
-    comparison  several documents -> one, rows joined by file type
+    page        one self-contained HTML file, nothing fetched; plot draws its SVG, style dresses it, sorting is its one script
+    fronts      Pareto plots, and which files answer nonsense
+    document    files benched outside of a run -> the document
+    comparison  several documents -> one, rows joined by file type; differences: what of it is noise
 
 Nothing here needs more than the standard library. A figure that was not measured is absent from the document
 (or null) and then appears nowhere: no dash, no zero, no heading of its own.
@@ -22,11 +24,12 @@ from typing import Any
 from edgelora.artifact import writing
 from edgelora.errors import EdgeloraError, ModelError
 from edgelora.report.comparison import compare, over_commits
+from edgelora.report.document import of_files, parts
 from edgelora.report.markdown import to_markdown
 from edgelora.report.page import to_html
 from edgelora.report.schema import SCHEMA, is_comparison, plain, validate
 
-__all__ = ["SCHEMA", "compare", "over_commits", "read", "to_html", "to_json", "to_markdown", "validate", "write"]
+__all__ = ["SCHEMA", "compare", "of_files", "over_commits", "parts", "read", "to_html", "to_json", "to_markdown", "validate", "write"]
 
 MAX_BYTES = 64 << 20
 

@@ -6,18 +6,39 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgelora.report import comparison, plot, tables
+from edgelora.report import comparison, fronts, plot, tables
 from edgelora.report import figures as f
 from edgelora.report.markup import NOTHING, Markup, tag
 
 _COLOURS = 6  # s0 to s5 in the style sheet
 _SIZE, _KL = "size, MB", "KL, nats a token"
+_GROUPS = ("embedding", "attention", "feed-forward", "output", "norm")  # of tensors, in the order of the file; others follow
 Doc = Mapping[str, Any]
 
 
 def training_and_files(doc: Doc) -> Markup:
     """Loss over steps, size of each file, and quality against size, side by side."""
-    return _together(_curves(doc), _sizes(doc), _quality(doc))
+    return _together(_curves(doc), _sizes(doc), fronts.size_quality(doc, colours(doc), short_names(doc)))
+
+
+def anatomy(doc: Doc) -> Markup:
+    """Where the megabytes go: a bar a file, cut into what its tensors are for."""
+    stacks: list[plot.Stack] = []
+    shown: dict[str, str] = {}
+    for row in tables.rows(doc, "files"):
+        parts = tables.section(row, "parts")
+        sizes = {group: tables.group_bytes(tables.section(parts, group)) for group in parts}
+        if not sum(sizes.values()):
+            continue
+        order = sorted(sizes, key=lambda g: (g in tables.NO_WEIGHTS, _GROUPS.index(g) if g in _GROUPS else len(_GROUPS)))
+        total = sum(sizes.values())
+        cut = [(sizes[g] / 1e6, _group_colour(g), f"{g}: {f.size(sizes[g])}, {f.percent(sizes[g] / total, 0)}") for g in order]
+        shown |= {g: _group_colour(g) for g in order if sizes[g] >= 0.005 * total}
+        stacks.append(plot.Stack(row.get("file") or "", f.size(total), cut))
+    if not stacks:
+        return NOTHING
+    legend = [_key(style, group) for group, style in shown.items()]
+    return _figure("Bytes by what they are for", legend, plot.stacks(stacks, "bytes of each file by group"), len(stacks))
 
 
 def losses(doc: Doc) -> Markup:
@@ -34,7 +55,8 @@ def losses(doc: Doc) -> Markup:
     if not pairs:
         return NOTHING
     named = [_key(style, name) for name, style in shown.items() if name]
-    legend = [_key("ref", "untuned base"), *(named if len(named) <= 4 else [tag("span", "in colour: the exported file")])]
+    legend = [_key("ref", "untuned base")] if any(pair.before for pair in pairs) else []
+    legend += named if len(named) <= 4 else [tag("span", "in colour: the exported file")]
     drawing = plot.pairs(pairs, "loss, nats a token; lower is better", f.loss)
     return _figure("Loss on rows that training never saw", legend, drawing, len(pairs))
 
@@ -58,6 +80,7 @@ def latency(doc: Doc) -> Markup:
         panel("Time to the first token", "lower is better", "ttft_ms", f.ms, "ttft"),
         panel("Prefill, tok/s", "higher is better", "prefill_tok_per_s", f.number),
         panel("Decode, tok/s", "higher is better", "decode_tok_per_s", f.number),
+        fronts.speed_quality(doc, series, short_names(doc)),
     )
 
 
@@ -67,7 +90,7 @@ def compared(doc: Doc) -> Markup:
     distances = {comparison.kind_of(row): row for row in rows if row.get("what") == comparison.KL}
     bars, points = [], []
     for row in rows:
-        if row.get("what") != comparison.SIZE:
+        if row.get("what") != comparison.SIZE or row.get("type") == comparison.SHIPPED:
             continue
         kind = comparison.kind_of(row)
         for i, run in enumerate(runs):
@@ -155,17 +178,6 @@ def _sizes(doc: Doc) -> Markup:
     return _size_figure(bars, [_key("dashed", "predicted")] if any(bar.expected is not None for bar in bars) else [])
 
 
-def _quality(doc: Doc) -> Markup:
-    series, names = colours(doc), short_names(doc)
-    points = []
-    for row in tables.rows(doc, "files"):
-        file, size, kl, low, high = (row.get(key) for key in ("file", "size_bytes", "kl", "kl_low", "kl_high"))
-        if f.known(size) and f.known(kl):
-            hint = f"{file or ''}: {f.size(size)}, KL {f.within(kl, low, high, f.number)}"
-            points.append(plot.Point(names.get(file, ""), size / 1e6, kl, low, high, series[file], hint))
-    return _quality_figure(points, [tag("span", "lower left is better")])
-
-
 def _size_figure(bars: Sequence[plot.Bar], legend: Sequence[Markup]) -> Markup:
     return _figure("Size of each file", legend, plot.bars(bars, "size of each file"), len(bars)) if bars else NOTHING
 
@@ -208,6 +220,10 @@ def _together(*figures: Markup) -> Markup:
 
 def _key(style: str, name: str) -> Markup:
     return tag("span", tag("i", class_=style), tag("span", name), class_="key")
+
+
+def _group_colour(group: str) -> str:
+    return "ref" if group in tables.NO_WEIGHTS else _colour(_GROUPS.index(group) if group in _GROUPS else len(_GROUPS))
 
 
 def _colour(i: int) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgelora.report import comparison, tables
+from edgelora.report import comparison, estimates, tables
 from edgelora.report.markup import visible
 from edgelora.report.schema import is_comparison
 
@@ -20,6 +20,9 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
     """The report or comparison as GitHub-flavoured Markdown, at most 60,000 characters: whole blocks are left out from the end."""
     if is_comparison(doc):
         blocks = [f"### {escape(comparison.title(doc))}", *_notes(doc)]
+        said = comparison.findings(doc)
+        for name, word in (("What really differs", "real"), ("What is noise", "noise"), ("What cannot be told", "cannot tell")):
+            blocks += [f"#### {name}", "\n".join(f"- {escape(line)}" for line in said[word])] if said[word] else []
         for name, table in comparison.tables_of(doc):
             blocks += [f"#### {escape(name)}", _table(table)]
         return _fitting(blocks)
@@ -29,6 +32,13 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
     blocks += [_table(tables.files(doc)), _table(tables.losses(doc)), _table(tables.accuracy(doc))]
     blocks += [_folded("Checks", [checks]) if not (failed or unjudged) else ""]
     blocks += [_folded("Speed and memory", [_table(tables.bench(doc))])]
+    blocks += [
+        _folded(
+            "Estimates for other devices (nothing here was measured)",
+            [_table(estimates.table(doc)), "\n".join(f"- {escape(line)}" for line in estimates.trust(doc))],
+        )
+    ]
+    blocks += [_folded("Where the MB go", [_table(tables.anatomy(doc))])]
     blocks += [_folded("Merge", [_table(tables.merge(doc)), *map(escape, tables.merge_words(doc))])]
     train = [_pairs(tables.training(doc)), *_notes(tables.section(doc, "training"))]
     blocks += [_folded("Training", train)]

@@ -1,4 +1,7 @@
-"""The document as one HTML file that a team can share: style, plots and text inside, no script, nothing fetched."""
+"""The document as one HTML file that a team can share: style, plots and text inside, nothing fetched.
+
+One small script sorts tables; the page's policy names its hash and allows no other, and the page is whole without it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from edgelora.report import charts, comparison, tables
+from edgelora.report import charts, comparison, differences, estimates, sorting, tables
 from edgelora.report import figures as f
 from edgelora.report.markup import NOTHING, Markup, language, tag
 from edgelora.report.schema import is_comparison
 from edgelora.report.style import CSS
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{hash}'; img-src data:; base-uri 'none'; form-action 'none'"
 _LONG_ANSWER, _ANSWER_START = 900, 600  # characters; the rest is folded away
 _PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]*")
 _STACKED = re.compile(r"([^(\[]+) ([(\[].*[)\]])")
@@ -26,13 +29,13 @@ def to_html(doc: Mapping[str, Any]) -> str:
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY.format(hash=sorting.HASH)),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", name),
         tag("style", Markup(CSS)),
     )
-    return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', *parts)), lang='en')}\n"
+    return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', *parts), tag('script', Markup(sorting.SCRIPT))), lang='en')}\n"
 
 
 def _report(doc: Mapping[str, Any]) -> list[Markup]:
@@ -40,8 +43,10 @@ def _report(doc: Mapping[str, Any]) -> list[Markup]:
         _header(doc),
         _tiles(doc),
         _section("Training, size and quality", charts.training_and_files(doc), _table(tables.files(doc))),
-        _section("Loss before and after", *_losses(doc), _table(tables.accuracy(doc))),
-        _section("Speed on this machine", charts.latency(doc), _table(tables.bench(doc))),
+        _section("Where the MB go", _beside(charts.anatomy(doc), _table(tables.anatomy(doc)))),
+        _section("Loss before and after" if _has_before(doc) else "Loss", *_losses(doc), _table(tables.accuracy(doc))),
+        _section(_speed_title(doc), charts.latency(doc), _table(tables.bench(doc))),
+        _section("Estimates for other devices", *_estimates(doc)),
         _section("Answers side by side", *_answers(doc)),
         _section("Which merge was kept", *_merge(doc)),
         _section("Checks", _table(tables.checks(doc))),
@@ -56,9 +61,15 @@ def _report(doc: Mapping[str, Any]) -> list[Markup]:
 def _comparison(doc: Mapping[str, Any]) -> list[Markup]:
     found = comparison.tables_of(doc)
     head = tag("header", tag("h1", comparison.title(doc)), _notes(doc))
+    said = comparison.findings(doc)
+    verdicts = [
+        _section("What really differs", _list(said[differences.REAL])),
+        _section("What is noise", _list(said[differences.NOISE])),
+        _section("What cannot be told", _list(said[differences.UNKNOWN])),
+    ]
     sections = [_section(name, _table(table)) for name, table in found]
     middle = _section("Over commits", charts.over_commits(doc)) or _section("Size and quality", charts.compared(doc))
-    return [head, sections[0], middle, *sections[1:]]
+    return [head, *verdicts, sections[0], middle, *sections[1:]]
 
 
 def _section(title: str, *children: Markup) -> Markup:
@@ -132,8 +143,34 @@ def _losses(doc: Mapping[str, Any]) -> list[Markup]:
     figure, table = charts.losses(doc), _table(tables.losses(doc))
     if not figure:
         return [table]
-    note = "Untuned base: the base model exported to the same type. In brackets and as bands: 95 % intervals."
-    return [tag("p", note, class_="caption"), tag("div", figure, table, class_="beside")]
+    note = "In brackets and as bands: 95 % intervals."
+    if _has_before(doc):
+        note = f"Untuned base: the base model exported to the same type. {note}"
+    return [tag("p", note, class_="caption"), _beside(figure, table)]
+
+
+def _has_before(doc: Mapping[str, Any]) -> bool:
+    return any(tables.section(row, "before") for row in tables.rows(doc, "losses"))
+
+
+def _speed_title(doc: Mapping[str, Any]) -> str:
+    machine = tables.section(doc, "machine").get("class")
+    return f"Speed on this machine ({machine})" if machine else "Speed on this machine"
+
+
+def _estimates(doc: Mapping[str, Any]) -> list[Markup]:
+    """The table, and that nothing in it was measured; nothing where there is no estimate."""
+    table = _table(estimates.table(doc))
+    note = (
+        "Nothing here was measured. An estimate is the device's memory bandwidth by its data sheet, times the share of it that the runtime "
+        "reached in figures that others published, over the bytes that one token reads; in brackets the range for 19 of 20 devices. It knows "
+        "nothing of heat, of other apps, or of the time to the first token."
+    )
+    return [tag("p", note, class_="caption"), table, _list(estimates.trust(doc))] if table else []
+
+
+def _beside(figure: Markup, table: Markup) -> Markup:
+    return tag("div", figure, table, class_="beside") if figure and table else figure or table
 
 
 def _answers(doc: Mapping[str, Any]) -> list[Markup]:
@@ -199,8 +236,11 @@ def _yaml(value: Any, indent: str) -> Iterable[str]:
 
 
 def _notes(doc: Mapping[str, Any]) -> Markup:
-    notes = [note for note in doc.get("notes") or () if note]
-    return tag("ul", *(tag("li", note) for note in notes), class_="notes") if notes else NOTHING
+    return _list([note for note in doc.get("notes") or () if note])
+
+
+def _list(lines: Sequence[str]) -> Markup:
+    return tag("ul", *(tag("li", line) for line in lines), class_="notes") if lines else NOTHING
 
 
 def _table(table: tables.Table) -> Markup:
@@ -209,18 +249,24 @@ def _table(table: tables.Table) -> Markup:
         return NOTHING
     align = ["right" if right else None for right in table.numeric]
     head = tag("tr", *(tag("th", title, class_=a, scope="col") for title, a in zip(table.titles, align, strict=True)))
-    body = [tag("tr", *(_cell(cell, a) for cell, a in zip(row, align, strict=True))) for row in table.rows]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll", tabindex=0, role="region", aria_label="table")
+    keys = table.keys or [(None,) * len(align)] * len(table.rows)
+    body = [
+        tag("tr", *(_cell(cell, a, key) for cell, a, key in zip(row, align, by, strict=True)))
+        for row, by in zip(table.rows, keys, strict=True)
+    ]
+    sortable = "sortable" if len(table.rows) > 1 else None
+    whole = tag("table", tag("thead", head), tag("tbody", *body), class_=sortable)
+    return tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label="table")
 
 
-def _cell(cell: str, align: str | None) -> Markup:
+def _cell(cell: str, align: str | None, key: float | None) -> Markup:
     verdict = {tables.PASS: "good", tables.FAIL: "bad", tables.UNJUDGED: "unsure"}.get(cell[:2])
     if verdict:
         return tag("td", cell, class_=verdict)
     stacked = _STACKED.fullmatch(cell) if align else None
     if stacked:
-        return tag("td", stacked[1], tag("span", stacked[2], class_="below"), class_=align)
-    return tag("td", cell, class_=align or ("long" if len(cell) > 48 else None), lang=language(cell))
+        return tag("td", stacked[1], tag("span", stacked[2], class_="below"), class_=align, data_by=key)
+    return tag("td", cell, class_=align or ("long" if len(cell) > 48 else None), lang=language(cell), data_by=key)
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> Markup:

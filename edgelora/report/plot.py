@@ -135,6 +135,31 @@ def bars(rows: Sequence[Bar], description: str) -> Markup:
     return _svg(len(rows) * 40 - 2, description, marks)
 
 
+@dataclass(frozen=True)
+class Stack:
+    """One bar made of parts: (bytes or whatever, class name, hint) in order."""
+
+    label: str
+    figure: str
+    parts: Sequence[tuple[float, str, str]]
+
+
+def stacks(rows: Sequence[Stack], description: str) -> Markup:
+    """Bars from zero, all on one scale, each cut into its parts."""
+    rows = rows[:MOST_ROWS]
+    scale = Axis(0, max(sum(part[0] for part in row.parts) for row in rows) or 1, 0, WIDTH)
+    marks: list[Markup] = []
+    for i, row in enumerate(rows):
+        base, at = i * 44, 0.0
+        marks.append(_text(0, base + 14, shortened(row.label, WIDTH - text_width(row.figure, 13) - 14), "label", row.label))
+        marks.append(_text(WIDTH, base + 14, row.figure, "figure end"))
+        for value, series, hint in row.parts:
+            start, at = scale.at(at), at + value
+            width = max(0.0, round(scale.at(at) - start, 1))
+            marks.append(tag("rect", tag("title", hint), x=start, y=base + 21, width=width, height=14, class_=f"fill part {series}"))
+    return _svg(len(rows) * 44 - 4, description, marks)
+
+
 Measure = tuple[float, float | None, float | None]  # a value and its interval's ends, which may be missing
 
 
@@ -183,10 +208,15 @@ class Point:
     high: float | None
     series: str
     hint: str
+    file: str | None = None
+    out: str = ""  # why the point does not count: drawn as a cross
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Markup:
-    """Labelled points with vertical intervals. The vertical axis is logarithmic where values span more than 12 times."""
+def scatter(points: Sequence[Point], x_label: str, y_label: str, front: Sequence[Point] = ()) -> Markup:
+    """Labelled points with vertical intervals. The vertical axis is logarithmic where values span more than 12 times.
+
+    `front` are those of the points to join by a line, left to right.
+    """
     points = points[:MOST_ROWS]
     height, left, right, top, bottom = 272, 46, 348, 46, 228
     x = close([p.x for p in points], left + 36, right - 14)
@@ -200,12 +230,14 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Markup:
         *_ticks_x(x, bottom),
         _text(right, height - 6, x_label, "axis end"),
     ]
+    if len(front) > 1:
+        marks.append(tag("polyline", points=" ".join(f"{x.at(p.x)},{y.at(p.y)}" for p in front if p in points), class_="frontier"))
     taken = [(x.at(p.x) - 6, y.at(p.y) - 6, x.at(p.x) + 6, y.at(p.y) + 6) for p in points]
     for p in points:
         px, py = x.at(p.x), y.at(p.y)
         if known(p.low) and known(p.high):
             marks.append(tag("line", x1=px, x2=px, y1=y.at(p.low), y2=y.at(p.high), class_=f"interval thin {p.series}"))
-        marks.append(_dot(px, py, p.series, p.hint, 5))
+        marks.append(_cross(px, py, p.series, p.hint) if p.out else _dot(px, py, p.series, p.hint, 5))
     waiting = sorted(points, key=lambda p: p.x)
     for away in (9, 20, 32):  # labels beside their points first, then those that need a leader
         found = {id(p): _placed(p, x.at(p.x), y.at(p.y), away, taken, (left, 20, WIDTH, bottom - 2)) for p in waiting}
@@ -309,6 +341,10 @@ def _step(span: float, most: int) -> float:
 
 def _dot(x: float, y: float, series: str, hint: str, radius: float) -> Markup:
     return tag("circle", tag("title", hint), cx=x, cy=y, r=radius, class_=f"dot {series}")
+
+
+def _cross(x: float, y: float, series: str, hint: str) -> Markup:
+    return tag("path", tag("title", hint), d=f"M{x - 4.5},{y - 4.5}l9,9m0,-9l-9,9", class_=f"cross {series}")
 
 
 def _text(x: float, y: float, text: str, style: str, full: str | None = None) -> Markup:

@@ -79,6 +79,7 @@ REPORT: dict[str, Any] = {
             "template_equal": bool,
             "merge": _MERGE,
             "sha256": str,
+            "parts": {str: {str: int}},  # bytes of each group of tensors, by type: {"attention": {"Q4_K": 12345}}
         }
     ],
     "losses": [  # before: the untuned base exported to the same type; after: the exported file; change: relative to before
@@ -109,14 +110,36 @@ REPORT: dict[str, Any] = {
             "prefill_tok_per_s": float,
             "decode_tok_per_s": float,
             "peak_rss_bytes": int,
+            "decode_tokens": int,
+            "workload": int,
+            "runtime_version": str,
+            "size_bytes": int,
+            "prefill_cpu_s": float,
             "cpu_s_per_token": float,
+            "bytes_per_token": int,  # of weights that decoding one token reads
             "load_average": float,
             "bandwidth_gb_per_s": float,  # what the memory of this machine can give
             "bandwidth_share": float,  # of it, what decoding reached
             "samples_ms": {str: [float]},  # ttft: one a repeat
-            "crowded": bool,  # by other programs
+            "crowded": bool,  # by something outside: other programs, heat, a quota
             "noisy": bool,
             "noisy_why": str,
+        }
+    ],
+    "estimates": [  # never measured: decode speeds that other devices should reach
+        {
+            "file": str,
+            "runtime": str,
+            "device": str,
+            "decode_tok_per_s": float,
+            "low": float,
+            "high": float,
+            "bytes_per_token": int,
+            "bandwidth_gb_per_s": float,
+            "efficiency": float,
+            "validated": bool,
+            "trust": str,
+            "source": str,
         }
     ],
     "checks": [{"what": str, "limit": str, "value": str, "ok": bool, "why": str}],  # ok null: could not be judged
@@ -140,6 +163,7 @@ COMPARISON: dict[str, Any] = {
             "low": [float],
             "high": [float],
             "n": [int],
+            "verdicts": [{"word": str, "why": str}],  # of each run against the first: real, noise or cannot tell
         }
     ],
     "notes": [str],

@@ -67,6 +67,8 @@ figcaption .legend {
 .key { display: inline-flex; align-items: center; gap: 6px; min-width: 0; }
 .key i { flex: none; width: 14px; height: 4px; border-radius: 2px; background: currentColor; }
 .key i.dashed { height: 0; border-top: 2px dashed var(--ink); background: none; border-radius: 0; }
+.key i.frontier { height: 0; border-top: 1.5px solid var(--soft); background: none; border-radius: 0; }
+.key i.out { width: auto; height: auto; background: none; font-style: normal; line-height: 1; }
 .key i.tick { width: 2px; height: 10px; background: var(--ink); border-radius: 0; opacity: 0.55; }
 figure svg { display: block; width: 100%; max-width: 460px; height: auto; overflow: visible; }
 
@@ -85,6 +87,11 @@ th, td { padding: 9px 12px; text-align: left; border-bottom: 1px solid var(--lin
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--soft); font-weight: 500; font-size: 13px; white-space: normal; vertical-align: bottom; min-width: 5.5em; }
 td.long { white-space: normal; min-width: 16em; overflow-wrap: anywhere; }
+th button { all: unset; cursor: pointer; }
+th button:focus-visible { outline: 2px solid var(--s0); outline-offset: 2px; border-radius: 2px; }
+th button::after { content: "\\2195"; margin-inline-start: 4px; opacity: 0.45; }
+th[aria-sort="ascending"] button::after { content: "\\2191"; opacity: 1; }
+th[aria-sort="descending"] button::after { content: "\\2193"; opacity: 1; }
 .right { text-align: right; }
 .below { display: block; color: var(--soft); font-size: 12.5px; }
 .pairs th { width: 16em; font-weight: 500; color: var(--soft); padding-right: 24px; }
@@ -126,6 +133,9 @@ svg .line.s0:not(:last-of-type) { opacity: 0.6; stroke-width: 1.3; }
 svg .fill { fill: var(--c); }
 svg .dot { fill: var(--c); stroke: var(--card); stroke-width: 1.5; }
 svg text[class*=" s"].label.middle { fill: var(--c); font-size: 12px; font-weight: 600; }
+svg .frontier { fill: none; stroke: var(--soft); stroke-width: 1.2; }
+svg .cross { fill: none; stroke: var(--c); stroke-width: 2.2; stroke-linecap: round; }
+svg .part { stroke: var(--card); stroke-width: 1; }
 svg .interval { stroke: color-mix(in srgb, var(--c) 38%, var(--card)); stroke-width: 5; stroke-linecap: round; }
 svg .interval.thin { stroke-width: 3; }
 svg .link { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 3; }
@@ -148,6 +158,7 @@ i.ref, i.s0, i.s1, i.s2, i.s3, i.s4, i.s5 { color: var(--c); }
   figure { padding: 13px 14px 15px; }
   th, td { padding: 8px 11px; }
   .pairs th { white-space: normal; width: 38%; padding-right: 12px; }
+  .sortable tr > :first-child { position: sticky; left: 0; background: var(--card) padding-box; box-shadow: 1px 0 var(--line); }
   td:not(.right, .good, .bad, .unsure) { white-space: normal; overflow-wrap: anywhere; min-width: 7.5em; }
 }
 @media print {
@@ -169,6 +180,7 @@ i.ref, i.s0, i.s1, i.s2, i.s3, i.s4, i.s5 { color: var(--c); }
   section { margin-top: 20px; }
   figure, .tile, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
+  th button::after { content: none; }
   .scroll { overflow: visible; }
   details::details-content { content-visibility: visible; height: auto; }
 }

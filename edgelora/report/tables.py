@@ -5,6 +5,7 @@ A cell that begins with '✓ ', '✗ ' or '! ' is a verdict; pages may colour it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +14,17 @@ from edgelora.report import figures as f
 
 Row = Mapping[str, Any]
 PASS, FAIL, UNJUDGED = "✓ ", "✗ ", "! "
+NO_WEIGHTS = ("metadata", "padding")  # groups of a file's parts whose types say nothing
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. `numeric` says of each column whether it is set flush right."""
+    """Cells as text. `numeric` says of each column whether it is set flush right; `keys` are figures to sort cells by, or None."""
 
     titles: tuple[str, ...]
     numeric: tuple[bool, ...]
     rows: tuple[tuple[str, ...], ...]
+    keys: tuple[tuple[float | None, ...], ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.rows and self.titles)
@@ -32,6 +35,7 @@ class Column:
     title: str
     cell: Callable[[Row], str]
     numeric: bool = True
+    by: str | Callable[[Row], Any] = ""  # what to sort by where the cell's text will not do: a key of the row, or a function
 
 
 def tabulate(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
@@ -42,7 +46,13 @@ def tabulate(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
         tuple(columns[i].title for i in kept),
         tuple(columns[i].numeric for i in kept),
         tuple(tuple(row[i] for i in kept) for row in cells),
+        tuple(tuple(_key(row, columns[i].by) for i in kept) for row in rows),
     )
+
+
+def _key(row: Row, by: str | Callable[[Row], Any]) -> float | None:
+    value = by(row) if callable(by) else row.get(by) if by else None
+    return value if f.known(value) else None
 
 
 def rows(doc: Row, section: str) -> list[Row]:
@@ -57,7 +67,7 @@ def text(key: str) -> Callable[[Row], str]:
     return lambda row: row.get(key) or ""
 
 
-def _of(key: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
+def of(key: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
     return lambda row: show(row.get(key))
 
 
@@ -69,11 +79,13 @@ def files(doc: Row) -> Table:
             Column("Format", lambda row: " ".join(filter(None, (row.get("format"), row.get("type")))), numeric=False),
             Column("Runtime", text("runtime"), numeric=False),
             Column(
-                "Size", lambda row: f.aside(f.size(row.get("size_bytes")), f.labelled("predicted: ", f.size(row.get("predicted_bytes"))))
+                "Size",
+                lambda row: f.aside(f.size(row.get("size_bytes")), f.labelled("predicted: ", f.size(row.get("predicted_bytes")))),
+                by="size_bytes",
             ),
-            Column("KL, nats a token", lambda row: f.within(row.get("kl"), row.get("kl_low"), row.get("kl_high"), f.number)),
-            Column("Same top token", _of("top1", f.percent)),
-            Column("n", lambda row: f.sample(row.get("rows"), row.get("tokens"))),
+            Column("KL, nats a token", lambda row: f.within(row.get("kl"), row.get("kl_low"), row.get("kl_high"), f.number), by="kl"),
+            Column("Same top token", of("top1", f.percent), by="top1"),
+            Column("n", lambda row: f.sample(row.get("rows"), row.get("tokens")), by="tokens"),
             Column("Tokenizer, template", parity, numeric=False),
             Column("SHA-256", lambda row: (row.get("sha256") or "")[:12], numeric=False),
         ],
@@ -103,12 +115,20 @@ def losses(doc: Row) -> Table:
         [
             Column("Set", text("set"), numeric=False),
             Column("File", text("file"), numeric=False),
-            Column("Loss, untuned base", measured("before")),
-            Column("Loss, this file", measured("after")),
-            Column("Change", lambda row: f.within(row.get("change"), row.get("change_low"), row.get("change_high"), f.change)),
+            Column("Loss, untuned base", measured("before"), by=lambda row: section(row, "before").get("loss")),
+            Column("Loss, this file", measured("after"), by=lambda row: section(row, "after").get("loss")),
+            Column("Perplexity", perplexity, by=lambda row: section(row, "after").get("loss")),
+            Column("Change", lambda row: f.within(row.get("change"), row.get("change_low"), row.get("change_high"), f.change), by="change"),
             Column("n", lambda row: f.sample(row.get("rows"), row.get("tokens"))),
         ],
     )
+
+
+def perplexity(row: Row) -> str:
+    """e to the loss, with its interval: how many tokens the model wavers between."""
+    after = section(row, "after")
+    value, low, high = (math.exp(v) if f.known(v) and v < 100 else None for v in (after.get("loss"), after.get("low"), after.get("high")))
+    return f.within(value, low, high, f.number)
 
 
 def accuracy(doc: Row) -> Table:
@@ -117,8 +137,8 @@ def accuracy(doc: Row) -> Table:
         [
             Column("Set", text("set"), numeric=False),
             Column("File", text("file"), numeric=False),
-            Column("Accuracy, untuned base", _of("before", f.percent)),
-            Column("Accuracy, this file", lambda row: f.within(row.get("after"), row.get("low"), row.get("high"), f.percent)),
+            Column("Accuracy, untuned base", of("before", f.percent), by="before"),
+            Column("Accuracy, this file", lambda row: f.within(row.get("after"), row.get("low"), row.get("high"), f.percent), by="after"),
             Column("n", lambda row: f.sample(row.get("rows"), None)),
         ],
     )
@@ -130,16 +150,17 @@ def bench(doc: Row) -> Table:
         [
             Column("File", text("file"), numeric=False),
             Column("Runtime", text("runtime"), numeric=False),
-            Column("Threads", _of("threads", f.count)),
-            Column("Prompt tokens", _of("prompt_tokens", f.count)),
-            Column("Load", _of("load_ms", f.ms)),
-            Column("First token", _of("ttft_ms", f.ms)),
-            Column("Prefill, tok/s", _of("prefill_tok_per_s", f.number)),
-            Column("Decode, tok/s", _of("decode_tok_per_s", f.number)),
-            Column("Peak memory", _of("peak_rss_bytes", f.size)),
-            Column("CPU a token", lambda row: f.ms(_times(row.get("cpu_s_per_token"), 1000))),
-            Column("Memory bandwidth", bandwidth),
-            Column("Load average", lambda row: f.number(row.get("load_average"), 2)),
+            Column("Threads", of("threads", f.count), by="threads"),
+            Column("Prompt tokens", of("prompt_tokens", f.count), by="prompt_tokens"),
+            Column("Load", of("load_ms", f.ms), by="load_ms"),
+            Column("First token", of("ttft_ms", f.ms), by="ttft_ms"),
+            Column("Prefill, tok/s", of("prefill_tok_per_s", f.number), by="prefill_tok_per_s"),
+            Column("Decode, tok/s", of("decode_tok_per_s", f.number), by="decode_tok_per_s"),
+            Column("Peak memory", of("peak_rss_bytes", f.size), by="peak_rss_bytes"),
+            Column("CPU for the prompt", lambda row: f.ms(_times(row.get("prefill_cpu_s"), 1000)), by="prefill_cpu_s"),
+            Column("CPU a token", lambda row: f.ms(_times(row.get("cpu_s_per_token"), 1000)), by="cpu_s_per_token"),
+            Column("Memory bandwidth", bandwidth, by="bandwidth_share"),
+            Column("Load average", lambda row: f.number(row.get("load_average"), 2), by="load_average"),
             Column("Disturbed by", disturbed, numeric=False),
         ],
     )
@@ -163,6 +184,34 @@ def merges(doc: Row) -> list[Row]:
     return [*found, *([{**own, "file": "16-bit model"}] if own else [])]
 
 
+def anatomy(doc: Row) -> Table:
+    """Bytes of each group of tensors, a file a row; the types of a group below its size."""
+    found = [row for row in rows(doc, "files") if section(row, "parts")]
+    totals: dict[str, int] = {}
+    for row in found:
+        for group, types in section(row, "parts").items():
+            totals[group] = totals.get(group, 0) + group_bytes(types or {})
+
+    def cell(group: str) -> Callable[[Row], str]:
+        def show(row: Row) -> str:
+            types = section(section(row, "parts"), group)
+            kinds = ", ".join(sorted(types, key=lambda kind: -(types[kind] or 0))[:3])
+            return f.aside(f.size(group_bytes(types)), "" if group in NO_WEIGHTS else kinds) if types else ""
+
+        return show
+
+    def by(group: str) -> Callable[[Row], Any]:
+        return lambda row: group_bytes(section(section(row, "parts"), group))
+
+    groups = [Column(group, cell(group), by=by(group)) for group in sorted(totals, key=lambda g: -totals[g])]
+    return tabulate(found, [Column("File", text("file"), numeric=False), *groups])
+
+
+def group_bytes(types: Mapping[str, Any]) -> int:
+    """Bytes of one group of a file's `parts`."""
+    return sum(int(n) for n in types.values() if f.known(n))
+
+
 def merge(doc: Row) -> Table:
     tried = [{**row, "file": m["file"], "kept": m.get("kept") == row.get("base")} for m in merges(doc) for row in rows(m, "candidates")]
     return tabulate(
@@ -170,9 +219,9 @@ def merge(doc: Row) -> Table:
         [
             Column("File", text("file"), numeric=False),
             Column("Merged into", lambda row: merge_name(row.get("base")), numeric=False),
-            Column("Loss on valid", _of("loss", f.loss)),
+            Column("Loss on valid", of("loss", f.loss)),
             Column("KL to the trained model", lambda row: f.within(row.get("kl"), row.get("kl_low"), row.get("kl_high"), f.number)),
-            Column("Same top token", _of("top1", f.percent)),
+            Column("Same top token", of("top1", f.percent)),
             Column("n", lambda row: f.sample(row.get("rows"), row.get("tokens"))),
             Column("Kept", lambda row: f"{PASS}kept" if row["kept"] else "", numeric=False),
         ],

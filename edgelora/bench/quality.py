@@ -1,0 +1,69 @@
+"""How good the very files are that are benched: loss, accuracy and answers on rows, and divergence from a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgelora import evaluate, talk
+from edgelora.data.row import Row
+from edgelora.errors import UsageError
+from edgelora.recipe import Evaluate
+from edgelora.runtime import Session, runtime, runtime_of
+
+Progress = Callable[[float, str], None]
+
+
+def measured(
+    files: Sequence[Path], rows: Sequence[Row], name: str, labels: Sequence[str], reference: Path | None, threads: int, progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
+    """Sections of a report by name: losses, accuracy (with `labels`), answers, and divergence (with a `reference` model).
+
+    Each file runs in its own first runtime. Intervals are 95 % bootstraps over rows. UsageError when a file and the
+    reference do not split the rows into the same tokens.
+    """
+    shown = [rows[i * len(rows) // Evaluate.answers] for i in range(Evaluate.answers)] if len(rows) > Evaluate.answers else list(rows)
+    found: dict[str, list[dict[str, Any]]] = {
+        "losses": [],
+        "accuracy": [],
+        "divergence": [],
+        "answers": [] if labels else [{"question": row.question, "after": {}} for row in shown],
+    }
+    compared = runtime(runtime_of(reference)).open(reference, threads) if reference else None
+    try:
+        for number, path in enumerate(files):
+            progress(number / len(files), f"scoring {path.name}")
+            with runtime(runtime_of(path)).open(path, threads) as session:
+                encoded = [talk.encode(session, row) for row in rows]
+                where = {"set": name, "file": path.name, "rows": len(rows)}
+                if compared is None:
+                    losses = evaluate.losses(session, encoded)
+                else:
+                    if encoded != [talk.encode(compared, row) for row in rows]:
+                        raise UsageError(
+                            f"{path.name} and {reference} read the rows as different tokens", "name the model that the files were made from"
+                        )
+                    divergence = evaluate.divergence(compared, session, encoded)
+                    losses = divergence.losses
+                    found["divergence"].append({"file": path.name, **evaluate.divergence_summary(divergence)})
+                found["losses"].append({**where, "tokens": int(losses.tokens.sum()), "after": evaluate.summary(losses)})
+                if labels:
+                    found["accuracy"].append({**where, **_accuracy(session, rows, labels)})
+                for row, entry in zip(shown, found["answers"], strict=False):
+                    entry["after"][path.name] = "".join(talk.stream(session, row.messages[:-1], Evaluate.max_new_tokens)).strip()
+    finally:
+        if compared is not None:
+            compared.close()
+    progress(1.0, "scored")
+    return {section: entries for section, entries in found.items() if entries}
+
+
+def _accuracy(session: Session, rows: Sequence[Row], labels: Sequence[str]) -> dict[str, float]:
+    import numpy as np
+
+    asked = [Row(row.messages[:-1], row.line) for row in rows]
+    chosen = talk.predict(session, asked, labels, 1, lambda share: None)
+    hits = np.array([float(made["label"] == row.answer) for made, row in zip(chosen, rows, strict=True)])
+    low, high = evaluate.interval(hits, np.ones(len(hits)))
+    return {"after": float(hits.mean()), "low": low, "high": high}
