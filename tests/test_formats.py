@@ -336,6 +336,6 @@ def test_asked_columns(tmp_path: Path) -> None:
 def test_text_is_paragraphs(tmp_path: Path) -> None:
     found = source(tmp_path, "a.txt", "one\ntwo\n\n\nthree\n" + "four\n" * 1000)
     rows = list(found.rows())
-    assert [row.line for row in rows] == [1, 5, 405, 805]
+    assert [row.line for row in rows] == [1, 5, 505, 1005]
     assert rows[0] == Row((("text", "one\ntwo"),), 1)
     assert rows[0].question == "one\ntwo"

@@ -1,4 +1,4 @@
-"""Commands about data: data prepare."""
+"""Commands about data: data inspect, data prepare."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelora.cli.inspect import inspect
 from edgelora.cli.output import PATH, Output, command
 from edgelora.cli.reading import reading as reading_options
 from edgelora.errors import UsageError
@@ -40,6 +41,9 @@ _CHOICES = {
 @click.group()
 def data() -> None:
     """Look at data files and prepare them for training."""
+
+
+data.add_command(inspect)
 
 
 def _cleaning(function: Callable[..., None]) -> Callable[..., None]:

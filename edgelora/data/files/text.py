@@ -23,12 +23,13 @@ def _records(path: Path, encoding: str) -> Iterator[tuple[int, Record]]:
     paragraph: list[str] = []
     begin = size = 0
     for number, line in enumerate(lines(path, encoding), 1):
+        line = line.rstrip("\r\n")  # the file's own line ends, not the text's
         if line.strip() and size < _LONGEST:
             begin = begin or number
             paragraph.append(line)
             size += len(line)
         elif paragraph:
-            yield begin, {"text": "".join(paragraph).rstrip("\r\n")}
+            yield begin, {"text": "\n".join(paragraph)}
             paragraph, begin, size = ([line], number, len(line)) if line.strip() else ([], 0, 0)
     if paragraph:
-        yield begin, {"text": "".join(paragraph).rstrip("\r\n")}
+        yield begin, {"text": "\n".join(paragraph)}
