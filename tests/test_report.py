@@ -21,7 +21,7 @@ import yaml
 
 from edgelora import report
 from edgelora.errors import DiskFull, EdgeloraError, ModelError, UsageError
-from edgelora.report import figures, fronts, markdown, markup, plot, schema, sorting
+from edgelora.report import contract, figures, fronts, markdown, markup, plot, schema, sorting
 
 GGUF, ONNX = "quickstart-q4_k_m.gguf", "quickstart-int4-mixed-onnx"
 QUESTION, ANSWER = "荷物が届かない場合はどうすればよいですか。", "「注文履歴」から調査を依頼してください。"
@@ -613,6 +613,63 @@ def test_needs_only_the_standard_library() -> None:
     code = "import sys, edgelora.report; print(sorted({m.partition('.')[0] for m in sys.modules} - set(sys.stdlib_module_names)))"
     loaded = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert loaded.stdout.strip() == "['__main__', 'edgelora']"
+
+
+def test_json_schema_accepts_what_validate_accepts(doc: dict[str, Any]) -> None:
+    """Every key of the schema is in it, with its meaning where a name does not tell, and real documents satisfy it."""
+    found = report.json_schema()
+    assert found["$defs"]["report"]["properties"]["schema"]["const"] == schema.SCHEMA
+    assert _named(found["$defs"]["report"]) == _keys(schema.REPORT)
+    assert set(contract._MEANINGS) <= {key for path in (*_keys(schema.REPORT), *_keys(schema.COMPARISON)) for key in path}
+    compared = report.compare([doc, doc])
+    for document, name, other in ((doc, "report", "comparison"), (compared, "comparison", "report")):
+        assert list(_violations(found["$defs"][name], document)) == []
+        assert list(_violations(found["$defs"][other], document)) != []
+    for path in _leaves(doc):
+        broken = json.loads(json.dumps(doc))
+        place = broken
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = {"no": "such thing"}
+        if path[0] != "recipe":
+            assert list(_violations(found["$defs"]["report"], broken)), path
+            with pytest.raises(ModelError):
+                schema.validate(broken, "it")
+
+
+def _keys(kind: Any, at: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
+    if isinstance(kind, list):
+        return _keys(kind[0], at)
+    if not isinstance(kind, dict) or str in kind:
+        return {at}
+    return {path for key, inner in kind.items() for path in _keys(inner, (*at, key))}
+
+
+def _named(made: dict[str, Any], at: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
+    if "items" in made:
+        return _named(made["items"], at)
+    return {path for key, inner in made["properties"].items() for path in _named(inner, (*at, key))} if "properties" in made else {at}
+
+
+def _violations(made: dict[str, Any], value: Any, at: str = "") -> Any:
+    """The part of JSON Schema that ours uses."""
+    if "const" in made and value != made["const"]:
+        yield at
+    types = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict, "null": type(None)}
+    named = [made["type"]] if isinstance(made.get("type"), str) else made.get("type", list(types))
+    if not any(isinstance(value, types[n]) and not (isinstance(value, bool) and n in ("integer", "number")) for n in named):
+        yield at
+    if isinstance(value, list) and "items" in made:
+        for item in value:
+            yield from _violations(made["items"], item, f"{at}[]")
+    if isinstance(value, dict):
+        yield from (f"{at}.{key}" for key in made.get("required", ()) if key not in value)
+        if "not" in made and not list(_violations(made["not"], value)):
+            yield at
+        for key, item in value.items():
+            inner = made.get("properties", {}).get(key, made.get("additionalProperties"))
+            if inner is not None:
+                yield from _violations(inner, item, f"{at}.{key}")
 
 
 # --- comparison --------------------------------------------------------------------------------------------------

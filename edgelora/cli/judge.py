@@ -16,15 +16,23 @@ from edgelora.errors import CheckFailed, UsageError
 @click.argument("runs", type=PATH, nargs=-1)
 @click.option("-o", "--output", type=PATH, help="Folder to write into; default that of the one run, ./comparison or ./history.")
 @click.option("--history", type=PATH, metavar="BASELINE", help="Plot the versions of a committed baseline over commits.")
+@click.option("--schema", is_flag=True, help="Print what report.json may hold, as a JSON Schema, and stop.")
 @command
-def report(echo: Output, runs: tuple[Path, ...], output: Path | None, history: Path | None) -> None:
+def report(echo: Output, runs: tuple[Path, ...], output: Path | None, history: Path | None, schema: bool) -> None:
     """Write report.html, report.md and report.json of a run again, or compare several runs, or plot a baseline over commits.
+
+    A comparison says what really differs and what is noise: sizes exactly, quality by its intervals, speeds as `check` does.
 
     \b
     Example:  edgelora report runs/quickstart runs/try -o comparison
     """
     from edgelora import report as reports
 
+    if schema:
+        import json
+
+        echo.result(found := reports.json_schema(), json.dumps(found, indent=1))
+        return
     if bool(runs) == (history is not None):
         raise UsageError("name one run or several, or --history BASELINE", "for instance edgelora report runs/quickstart")
     documents = [reports.read(run) for run in runs]
@@ -37,7 +45,8 @@ def report(echo: Output, runs: tuple[Path, ...], output: Path | None, history: P
     else:
         document, target = reports.compare(documents), output or Path("comparison")
     files = reports.write(document, target)
-    echo.result({name: str(path) for name, path in files.items()}, *(f"wrote {path}" for path in files.values()))
+    said = [f"{word}: {line}" for word, lines in reports.findings(document).items() for line in lines] if len(documents) > 1 else []
+    echo.result({name: str(path) for name, path in files.items()}, *said, *(f"wrote {path}" for path in files.values()))
 
 
 @click.command()

@@ -1,6 +1,6 @@
 """The report of a run: one document, shown as JSON, as Markdown for a pull request, and as one HTML page.
 
-    schema      what the document may hold, and `validate`
+    schema      what the document may hold, and `validate`; contract: the same as a JSON Schema
     figures     a number -> text with its unit
     tables      the document -> tables of text, shared by Markdown and HTML
     markdown    fits a pull-request comment
@@ -23,13 +23,28 @@ from typing import Any
 
 from edgelora.artifact import writing
 from edgelora.errors import EdgeloraError, ModelError
-from edgelora.report.comparison import compare, over_commits
+from edgelora.report.comparison import compare, findings, over_commits
+from edgelora.report.contract import json_schema
 from edgelora.report.document import of_files, parts
 from edgelora.report.markdown import to_markdown
 from edgelora.report.page import to_html
 from edgelora.report.schema import SCHEMA, is_comparison, plain, validate
 
-__all__ = ["SCHEMA", "compare", "of_files", "over_commits", "parts", "read", "to_html", "to_json", "to_markdown", "validate", "write"]
+__all__ = [
+    "SCHEMA",
+    "compare",
+    "findings",
+    "json_schema",
+    "of_files",
+    "over_commits",
+    "parts",
+    "read",
+    "to_html",
+    "to_json",
+    "to_markdown",
+    "validate",
+    "write",
+]
 
 MAX_BYTES = 64 << 20
 
