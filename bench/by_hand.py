@@ -6,7 +6,8 @@ Writes the base as Q4_0 and as ONNX int4-mixed, then measures them in turns, rou
 beside it a process that knows nothing of edgelora's sessions: llama-cpp-python's own `Llama` class (`eval`, `sample`), a
 plain onnxruntime session with the key-value cache fed back, onnxruntime-genai's own generator. The same prompt ids, threads
 and thread settings; the first round of each is thrown away. Compared are the medians of the decoded tokens and of the time
-to the first token over all rounds: at most 3 % apart. Takes about four minutes; nothing else should run.
+to the first token over all rounds: at most 3 % apart. Takes about four minutes; nothing else should run: what other programs
+add is left out of the fastest tenth of the samples, which is given besides.
 """
 
 from __future__ import annotations
@@ -134,9 +135,16 @@ def compare(path: Path, runtime: str, threads: int, rounds: int, ids: list[int])
     found: dict[str, Any] = {"runtime": runtime, "file": path.name, "threads": threads}
     for name in ("ttft", "decode"):
         a, b = statistics.median(ours[name]), statistics.median(theirs[name])
-        found[name] = {"edgelora_ms": a, "by_hand_ms": b, "apart": a / b - 1}
-        print(f"{runtime:18} {threads} threads  {name:6}  {a:8.2f} ms, by hand {b:8.2f} ms, {a / b - 1:+.1%}", flush=True)
+        fast = fastest(ours[name]) / fastest(theirs[name]) - 1
+        found[name] = {"edgelora_ms": a, "by_hand_ms": b, "apart": a / b - 1, "fastest_tenth_apart": fast}
+        words = f"{a:8.2f} ms, by hand {b:8.2f} ms, {a / b - 1:+.1%}; fastest tenth {fast:+.1%}"
+        print(f"{runtime:18} {threads} threads  {name:6}  {words}", flush=True)
     return {**found, "samples_ms": {"edgelora": ours, "by_hand": theirs}}
+
+
+def fastest(samples: list[float]) -> float:
+    """The slowest of the fastest tenth: what other programs add to a sample is not in it."""
+    return sorted(samples)[len(samples) // 10]
 
 
 def main() -> None:
