@@ -32,11 +32,13 @@ class Slowdown:
     p: float | None = None
 
 
-def slowdown(before: Mapping[str, Any], now: Mapping[str, Any], name: str, allowed: float) -> Slowdown | None:
+def slowdown(
+    before: Mapping[str, Any], now: Mapping[str, Any], name: str, allowed: float, called: tuple[str, str] = ("the baseline", "this run")
+) -> Slowdown | None:
     """Two bench rows of the same work by their raw samples `name` (ttft or decode); None where one has none.
 
     `allowed` is the share of the time that two equal benches may be apart. A step that is not slower by more is no slowdown,
-    whatever the test says.
+    whatever the test says. `called` is what the reader knows the two rows as.
     """
     theirs, ours = (_samples(row, name) for row in (before, now))
     if not theirs or not ours:
@@ -44,7 +46,7 @@ def slowdown(before: Mapping[str, Any], now: Mapping[str, Any], name: str, allow
     share = _fast(ours) / _fast(theirs) - 1
     if share <= allowed:
         return Slowdown(share, False)
-    if disturbed := [which for which, row in (("this run", now), ("the baseline", before)) if row.get("crowded", row.get("noisy"))]:
+    if disturbed := [which for which, row in zip(called[::-1], (now, before), strict=True) if row.get("crowded", row.get("noisy"))]:
         return Slowdown(share, None, f"other programs disturbed {' and '.join(disturbed)}; measure on an idle machine")
     each, other = repeats(now, name), repeats(before, name)
     if 1 / math.comb(len(each) + len(other), len(each)) > ALPHA:

@@ -713,14 +713,14 @@ def test_comparison_joins_by_type_and_shows_the_change(doc: dict[str, Any], tmp_
 def test_comparison_warns_of_what_does_not_compare(doc: dict[str, Any]) -> None:
     other = json.loads(json.dumps(doc))
     other["machine"]["class"] = "h100-80gb"
-    other["losses"][0]["tokens"] = 999
+    other["losses"][0]["tokens"] = other["files"][0]["tokens"] = 999
     other["bench"][0]["threads"] = 2
     joined = report.compare([doc, other])
     assert joined["notes"] == [
         "The runs come from different machines (x86-2core, h100-80gb): their speeds and memory do not compare.",
         "1: quickstart ships quickstart-q4_k_m.gguf (llama.cpp, 1 thread).",
         "2: quickstart ships quickstart-q4_k_m.gguf (llama.cpp, 2 threads).",
-        "gguf q4_k_m, loss on paraphrase: the runs measured different samples (n = 4,120, 999), so they do not compare row by row.",
+        "gguf q4_k_m, same top token: the runs measured different samples (n = 8,245, 999), so they do not compare row by row.",
     ]
     decode = [row["values"] for row in joined["rows"] if row["what"].startswith("decode") and row["type"] == "q4_k_m"]
     assert decode == [[65.27, None], [None, 65.27]]  # one thread against two is no comparison
@@ -771,7 +771,7 @@ def _timed(decode_ms: float, spread: float = 0.01, **changed: Any) -> dict[str, 
             "cannot tell",
             "measured on other rows (n = 900 and 800)",
         ),
-        (_timed(10.1, size_bytes=101), "size", "real", "sizes are exact"),
+        (_timed(10.1, size_bytes=101), "size", "real", "+1 byte"),
     ],
 )
 def test_comparison_tells_what_differs_from_noise(other: dict[str, Any], what: str, word: str, why: str) -> None:
@@ -784,7 +784,7 @@ def test_comparison_tells_what_differs_from_noise(other: dict[str, Any], what: s
     page = Page(report.to_html(joined))
     assert title in page.headings
     assert any(what in text and why in text for text in page.text)
-    assert f"#### {title}" in report.to_markdown(joined)
+    assert (f"#### {title}" if word == "real" else f"<summary>{title}</summary>") in report.to_markdown(joined)
 
 
 def test_repeats_that_overlap_tell_nothing() -> None:

@@ -38,7 +38,8 @@ def compare(docs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         raise UsageError(f"a comparison needs two or more reports, found {len(docs)}", "name several report.json files or run folders")
     if any(map(is_comparison, docs)):
         raise UsageError("a comparison cannot be compared again", "name the reports that it was made from")
-    shipped = len(set(map(_shipping, docs))) > 1
+    ways = [_shipping(doc) for doc in docs]
+    shipped = len(set(ways)) > 1
     measures = [list(_measures(doc, shipped)) for doc in docs]
     found: list[dict[_Key, Cell]] = [dict(reversed(cells)) for cells in measures]  # of two equal keys the first counts
     keys = list(dict.fromkeys(key for cells in measures for key, _ in cells))
@@ -49,7 +50,13 @@ def compare(docs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         cells = [doc.get(key) for doc in found]
         row: dict[str, Any] = dict(zip(("format", "type", "what", "unit"), key, strict=True))
         row |= {name: [getattr(cell, attribute, None) for cell in cells] for name, attribute in _COLUMNS}
-        row["verdicts"] = [differences.verdict(key[3], cells[0], c, (classes[0], classes[i])) if i else None for i, c in enumerate(cells)]
+        row["verdicts"] = [
+            # what ships is judged where it differs; elsewhere the file's own rows say the same
+            differences.verdict(key[3], cells[0], cell, (classes[0], classes[i]))
+            if i and (key[1] != SHIPPED or ways[i] != ways[0])
+            else None
+            for i, cell in enumerate(cells)
+        ]
         joined.append(row)
     labels = _labels(docs)
     runs = [
@@ -214,7 +221,9 @@ def _warnings(docs: Sequence[Row], joined: Sequence[Row]) -> Iterator[str]:
     if any(row["type"] == SHIPPED for row in joined):
         for label, doc in zip(_labels(docs), docs, strict=True):
             yield f"{label} ships {_ship_words(doc)}."
-    for row in (row for row in joined if row["type"] != SHIPPED):
+    for row in joined:
+        if row["type"] == SHIPPED or any(said and said["word"] == differences.UNKNOWN for said in row["verdicts"]):
+            continue  # that is said where it belongs
         counts = list(dict.fromkeys(n for n in row["n"] if f.known(n)))
         if len(counts) > 1:
             sizes = ", ".join(map(f.count, counts))

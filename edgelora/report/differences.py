@@ -63,7 +63,8 @@ def findings(runs: Sequence[Row], rows: Sequence[Row], kind_of: Any, show: Any) 
 
 
 def _exact(first: Cell, cell: Cell) -> dict[str, str] | None:
-    return {"word": REAL, "why": "sizes are exact"} if cell.value != first.value else None
+    moved = f"{cell.value - first.value:+,.0f}".replace("-", "\u2212")
+    return {"word": REAL, "why": f"{moved} byte{'' if abs(cell.value - first.value) == 1 else 's'}"} if cell.value != first.value else None
 
 
 def _memory(first: Cell, cell: Cell, machines: tuple[Any, Any]) -> dict[str, str]:
@@ -77,7 +78,8 @@ def _speed(first: Cell, cell: Cell, machines: tuple[Any, Any]) -> dict[str, str]
     if machines[0] != machines[1]:
         return {"word": UNKNOWN, "why": "other machines"}
     before, now = first.row or {}, cell.row or {}
-    slower, faster = speeds.slowdown(before, now, cell.samples, ALLOWED), speeds.slowdown(now, before, cell.samples, ALLOWED)
+    slower = speeds.slowdown(before, now, cell.samples, ALLOWED, ("the first run", "this run"))
+    faster = speeds.slowdown(now, before, cell.samples, ALLOWED, ("this run", "the first run"))
     if slower is None or faster is None:
         return {"word": UNKNOWN, "why": "no raw samples"}
     for found, word in ((slower, "slower"), (faster, "faster")):

@@ -21,8 +21,9 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
     if is_comparison(doc):
         blocks = [f"### {escape(comparison.title(doc))}", *_notes(doc)]
         said = comparison.findings(doc)
-        for name, word in (("What really differs", "real"), ("What is noise", "noise"), ("What cannot be told", "cannot tell")):
-            blocks += [f"#### {name}", "\n".join(f"- {escape(line)}" for line in said[word])] if said[word] else []
+        listed = {word: "\n".join(f"- {escape(line)}" for line in found) for word, found in said.items()}
+        blocks += ["#### What really differs", listed["real"]] if listed["real"] else []
+        blocks += [_folded("What is noise", [listed["noise"]]), _folded("What cannot be told", [listed["cannot tell"]])]
         for name, table in comparison.tables_of(doc):
             blocks += [f"#### {escape(name)}", _table(table)]
         return _fitting(blocks)

@@ -64,8 +64,8 @@ def _comparison(doc: Mapping[str, Any]) -> list[Markup]:
     said = comparison.findings(doc)
     verdicts = [
         _section("What really differs", _list(said[differences.REAL])),
-        _section("What is noise", _list(said[differences.NOISE])),
-        _section("What cannot be told", _list(said[differences.UNKNOWN])),
+        _section("What is noise", _folded(said[differences.NOISE])),
+        _section("What cannot be told", _folded(said[differences.UNKNOWN])),
     ]
     sections = [_section(name, _table(table)) for name, table in found]
     middle = _section("Over commits", charts.over_commits(doc)) or _section("Size and quality", charts.compared(doc))
@@ -237,6 +237,12 @@ def _yaml(value: Any, indent: str) -> Iterable[str]:
 
 def _notes(doc: Mapping[str, Any]) -> Markup:
     return _list([note for note in doc.get("notes") or () if note])
+
+
+def _folded(lines: Sequence[str]) -> Markup:
+    """A list that is opened by those who want it: its length says most."""
+    words = f"{f.count(len(lines))} figure{'' if len(lines) == 1 else 's'}"
+    return tag("details", tag("summary", words), _list(lines)) if lines else NOTHING
 
 
 def _list(lines: Sequence[str]) -> Markup:
