@@ -96,7 +96,7 @@ def quantize(values: np.ndarray, type: Type, importance: np.ndarray | None = Non
             raise ValueError(f"importance of shape {importance.shape} does not fit {columns} columns")
         weights = np.ascontiguousarray(importance, dtype=np.float32).ctypes.data_as(_FLOATS)
     ggml = _library()
-    if weights is None and ggml.ggml_quantize_requires_imatrix(type):  # it would end the process
+    if weights is None and needs_importance(type):  # it would end the process
         raise ModelError(f"{type.name} needs an importance matrix", "measure one on training rows, or choose a type of 3 bits or more")
     written = ggml.ggml_quantize_chunk(type, values.ctypes.data_as(_FLOATS), packed.ctypes.data, 0, rows, columns, weights)
     if written != packed.nbytes:
@@ -108,6 +108,11 @@ def quantize(values: np.ndarray, type: Type, importance: np.ndarray | None = Non
             f"values up to {np.abs(values).max():.3g} do not fit {type.name}", "choose f32 or bf16, or train with a lower learning rate"
         )
     return packed
+
+
+def needs_importance(type: Type) -> bool:
+    """Whether ggml quantizes to this type only with an importance matrix."""
+    return bool(_library().ggml_quantize_requires_imatrix(type))
 
 
 def dequantize(packed: np.ndarray, type: Type) -> np.ndarray:
