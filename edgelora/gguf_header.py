@@ -155,6 +155,20 @@ def chat_template(path: Path) -> str | None:
     return read_header(path).chat_template
 
 
+def base_of(path: Path) -> Path | None:
+    """The base beside a GGUF adapter, None for a whole model. ModelError when the base that the adapter names is not there."""
+    values = read_header(path).metadata
+    if values.get("general.type") != "adapter":
+        return None
+    name = str(values.get("general.base_model.0.name", ""))
+    base = path.with_name(f"{Path(name).name}.gguf")
+    if not name or not base.is_file():
+        raise ModelError(
+            f"{path} is an adapter, and its base {name or 'has no name'} is not beside it", "put the base's GGUF file into its folder"
+        )
+    return base
+
+
 class _Reader:
     """A cursor over the file that never steps past its end."""
 

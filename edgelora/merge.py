@@ -22,6 +22,7 @@ from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
 from edgelora.evaluate import Divergence
+from edgelora.export import card
 from edgelora.tuned import Tuned
 
 Progress = Callable[[float, str], None]
@@ -98,4 +99,5 @@ def _merge(
     model.describe(folder)
     weights.write(model.merged(kept.base), folder, lambda share, name: None)
     labels = {"labels": list(model.labels)} if model.labels else {}
-    return {"kept": kept.base, "why": why, "candidates": [c.as_row() for c in candidates], **labels}
+    licence = card.licence_of(model.base)
+    return {"kept": kept.base, "why": why, "candidates": [c.as_row() for c in candidates], "base": model.name, "licence": licence, **labels}

@@ -232,7 +232,7 @@ def _hub_folder(reference: str, *, weights: bool = True) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     name, _, revision = reference.partition("@")
-    wanted = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except errors.GatedRepoError as error:
@@ -275,6 +275,7 @@ def _from_gguf(path: Path, work: Path) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "architecture": model.config.model_type,
         "gguf_pre_tokenizer": read_header(path).metadata.get("tokenizer.ggml.pre"),
+        "licence": read_header(path).metadata.get("general.license"),
     }
 
 

@@ -6,6 +6,7 @@ not run again, so the same command continues a run that was killed.
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,9 @@ from edgelora import report as reports
 from edgelora.artifact import Artifact
 from edgelora.data import chat, split
 from edgelora.data.split import Dataset
+from edgelora.export import beside, remarks
 from edgelora.export import stage as exports
+from edgelora.quant import importance
 from edgelora.size import traffic
 
 Progress = Callable[[str, float, str], None]  # stage, share done, what is going on
@@ -67,12 +70,17 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
     pairs = []
     for number, (section, module) in enumerate(zip(recipe.exports, modules, strict=True)):
         made: list[Artifact] = []
-        for source, prefix in ((tuned.plain(base.folder, base.key), "base-"), (model if module.MERGES else written, "")):
+        # what an adapter file is compared with is the base alone
+        before = replace(section, format="gguf") if module.APART else section
+        for source, wanted, prefix in (
+            (tuned.plain(base.folder, base.key), before, "base-"),
+            (model if module.MERGES else written, section, ""),
+        ):
             done = (2 * number + len(made)) / (2 * len(recipe.exports))
             made.append(
                 exports.export(
                     source,
-                    section,
+                    wanted,
                     name=f"{prefix}{recipe.name}",
                     rows=rows,
                     rows_from={"valid": "select"},
@@ -81,6 +89,8 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
                     threads=threads(recipe),
                     out=out,
                     prefix=prefix,
+                    importance=_importance(recipe, source, wanted, dataset, out, prefix, progress),
+                    origin=beside.origin(replace(source, name=base.name), _data_licence(recipe), recipe.data.attribution),
                     progress=_within(progress, done, 1 / (2 * len(recipe.exports))),
                 )
             )
@@ -93,6 +103,38 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
     document["checks"] = [verdict.as_row() for verdict in verdicts]
     files = reports.write(document, out)
     return Result(out, files["html"], tuple(exports.exported_path(after) for _, after in pairs), tuple(verdicts), document)
+
+
+def _importance(
+    recipe: recipes.Recipe, model: tuned.Tuned, section: recipes.Export, dataset: Dataset, out: Path, prefix: str, progress: Progress
+) -> Path | None:
+    """The importance matrix of `model` on training rows, measured once for all exports; None for an export that gains nothing from one."""
+    if not exports.weighed(model.base, section):
+        return None
+    made = importance.measure(
+        model.base,
+        model.key,
+        recipe.importance,
+        dataset,
+        recipe.train.max_tokens,
+        out,
+        lambda share, text: progress("importance", share, text),
+        adapter=model.adapter,
+        prefix=prefix,
+    )
+    return made.path / importance.FILE
+
+
+def _data_licence(recipe: recipes.Recipe) -> str | None:
+    """What the recipe says, else what the data card says that `data prepare` wrote beside the rows."""
+    card = recipe.file(recipe.data.train).parent / "card.json"
+    if recipe.data.licence or not card.is_file():
+        return recipe.data.licence
+    try:
+        stated = json.loads(card.read_text(encoding="utf-8")).get("licence")
+    except (ValueError, AttributeError):
+        return None
+    return stated if isinstance(stated, str) else None
 
 
 def _within(progress: Progress, done: float, part: float) -> Callable[[float, str], None]:
@@ -163,7 +205,7 @@ def collect(
         "bench": timed.facts["rows"],
         "estimates": estimates(recipe, made),
         "commands": [f"edgelora run {recipe.name}.yaml"],
-        "notes": _notes(dataset, base),
+        "notes": [*_notes(dataset, base), *(f"{facts['file']}: {remark}" for facts in files for remark in remarks.all_of(facts))],
     }
 
 

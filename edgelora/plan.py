@@ -7,6 +7,7 @@ from typing import Any
 from edgelora import machine, models
 from edgelora import recipe as recipes
 from edgelora.data import chat, split
+from edgelora.export import remarks
 from edgelora.export import stage as exports
 from edgelora.train import estimate
 
@@ -22,10 +23,10 @@ def plan(recipe: recipes.Recipe) -> dict[str, Any]:
     trained = estimate.adapter_parameters(base.folder, recipe.train)
     files = []
     for section in (exports.resolve(section) for section in recipe.exports):
-        module = exports.format_module(section.format)
-        files.append(
-            {"format": section.format, "type": section.type, "size_bytes": module.predict_bytes(base.folder, section.type, recipe.name)}
-        )
+        size, mixture = exports.predict(base.folder, section, recipe.name)
+        if exports.format_module(section.format).APART:
+            size += 2 * trained  # the adapter, in 16 bits, beside its base
+        files.append({"format": section.format, "type": section.type, "size_bytes": size, **({"weights": mixture} if mixture else {})})
     return {
         "name": recipe.name,
         "base": base.name,
@@ -43,6 +44,16 @@ def plan(recipe: recipes.Recipe) -> dict[str, Any]:
     }
 
 
+def file_lines(row: dict[str, Any]) -> list[str]:
+    """A file that is planned: its size, and where its type does not fit the model."""
+    mixture = row.get("weights")
+    return [
+        f"file: {row['format']} {row['type']}, {row['size_bytes'] / 1e6:.1f} MB (predicted)"
+        + (f", {mixture['bits_a_weight']:.2f} bits a weight" if mixture else ""),
+        *(f"  {remark}" for remark in remarks.fallbacks(mixture or {"fallbacks": []})),
+    ]
+
+
 def lines(found: dict[str, Any]) -> list[str]:
     training = found["training"]
     counts = ", ".join(f"{n} {name}" for name, n in found["rows"].items())
@@ -51,6 +62,6 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"base: {found['base']}, {found['total_parameters']:,} parameters; {found['trained_parameters']:,} trained ({found['trained_share']:.2%})",
         f"training: about {training['seconds']:.0f} s and {estimate.peak_bytes(training) / 1e9:.1f} GB of memory (predicted), "
         f"{found['available_memory_bytes'] / 1e9:.1f} GB free; full fine-tuning would hold {found['full_finetune_bytes'] / 1e9:.1f} GB",
-        *(f"file: {row['format']} {row['type']}, {row['size_bytes'] / 1e6:.1f} MB (predicted)" for row in found["files"]),
+        *(line for row in found["files"] for line in file_lines(row)),
         f"results: {found['out']}",
     ]

@@ -73,8 +73,7 @@ def _needs(section: recipes.Export) -> tuple[str, ...]:
 
 def _exportable(section: recipes.Export, base: models.Base, name: str) -> None:
     """Unsupported or ModelError when the base's architecture or its shapes cannot be written in this format and type."""
-    section = exports.resolve(section)
-    exports.format_module(section.format).predict_bytes(base.folder, section.type, name)
+    exports.predict(base.folder, section, name)
 
 
 def _memory(recipe: recipes.Recipe, base: models.Base, lengths: list[int]) -> None:

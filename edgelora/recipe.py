@@ -82,6 +82,8 @@ class Data(Reading):
     valid_share: float = 0.1
     sealed_share: float = 0.1
     clean: Clean = field(default_factory=Clean)
+    licence: str | None = None  # of the rows, e.g. cc-by-4.0, and whom it wants named: for the model card
+    attribution: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class Export:
 
     format: str
     type: str | None = None  # None: the format's own default
+    importance: bool | None = None  # weigh rounding errors by the training rows (GGUF). None: for every type that gains from it
+    tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE: tensors that get another type (GGUF), e.g. ffn_down=q6_k
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     merge: Merge = field(default_factory=Merge)
     exports: tuple[Export, ...] = (Export("gguf"),)
+    importance: Importance = field(default_factory=Importance)
     evaluate: Evaluate = field(default_factory=Evaluate)
     bench: Bench = field(default_factory=Bench)
     budgets: Mapping[str, Any] = field(default_factory=dict)  # limits that `check` enforces
@@ -286,6 +291,8 @@ def _limits(recipe: Recipe) -> list[str]:
         (not {"train", "valid", "sealed"} & set(data.held_out), "data.held_out: train, valid and sealed are taken; choose other names"),
         (all(re.fullmatch(r"\w+", name) for name in data.held_out), "data.held_out: a name should be letters, digits or '_'"),
         (len(recipe.exports) == len(set(recipe.exports)), "exports: the same format and type twice"),
+        (recipe.importance.rows >= 1, "importance.rows: should be 1 or more"),
+        (recipe.importance.answer_weight >= 1, "importance.answer_weight: should be 1 or more"),
         (recipe.evaluate.rows >= 1, "evaluate.rows: should be 1 or more"),
         (recipe.evaluate.verify_rows >= 1, "evaluate.verify_rows: should be 1 or more"),
         (recipe.evaluate.max_kl > 0, "evaluate.max_kl: should be above 0"),

@@ -80,7 +80,7 @@ class Tuned:
 def plain(folder: Path, key: str) -> Tuned:
     """A model that needs no adapter: an untuned base, or one that was merged before."""
     known = artifact.load(folder).facts if (folder / artifact.MANIFEST).is_file() else {}
-    return Tuned(folder, key, labels=tuple(known.get("labels", ())), folder=folder)
+    return Tuned(folder, key, str(known.get("base", "")), labels=tuple(known.get("labels", ())), folder=folder)
 
 
 def tuned(base: models.Base, reference: str, adapter: Artifact, system: str | None, labels: Sequence[str]) -> Tuned:

@@ -96,12 +96,12 @@ class Base(Checkpoint):
 
     def __init__(self, folder: Path, held: str) -> None:
         super().__init__(folder)
-        self._held = held
+        self.held = held
         self._lock = threading.Lock()
         self._rounded: tuple[str, _Nf4] | None = None  # of one tensor: ranges are asked for tensor by tensor
 
     def _values(self, name: str, start: int, stop: int) -> np.ndarray:
-        if self._held == "nf4" and _LINEAR.fullmatch(name):
+        if self.held == "nf4" and _LINEAR.fullmatch(name):
             return self._nf4(name).values(start, stop)
         return super()._values(name, start, stop)
 
@@ -125,19 +125,19 @@ class Merged(Base):
         tied = _HEAD not in self._places
         if tied and _EMBEDDING in self._places:
             self._places[_HEAD] = self._places[_EMBEDDING]
-        self._low_rank = low_rank(adapter, self.shapes)
-        if tied and _HEAD not in self._low_rank:
+        self.low_rank = low_rank(adapter, self.shapes)
+        if tied and _HEAD not in self.low_rank:
             self._places.pop(_HEAD, None)
 
     @property
     def unties(self) -> bool:
         """An adapter on a head that shares the embedding's weights changes the head alone."""
-        return _HEAD in self._low_rank
+        return _HEAD in self.low_rank
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
         values = super().rows(name, first, last)
-        if name in self._low_rank:
-            b, a = self._low_rank[name]
+        if name in self.low_rank:
+            b, a = self.low_rank[name]
             values += b[first:last] @ a
         return values
 

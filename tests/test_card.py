@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from edgelora.export import card
+from edgelora.export import beside, card
 
 FACTS = {
     "file": "bot-q4_k_m.gguf",
@@ -85,7 +85,7 @@ def test_checksums(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "a.gguf").write_bytes(b"a")
     (tmp_path / "deep" / "b.onnx").write_bytes(b"b")
-    assert card.checksums(tmp_path).read_text().splitlines() == [
+    assert beside.checksums(tmp_path).read_text().splitlines() == [
         f"{hashlib.sha256(b'a').hexdigest()}  a.gguf",
         f"{hashlib.sha256(b'b').hexdigest()}  deep/b.onnx",
     ]

@@ -67,7 +67,7 @@ def test_the_command_measures_both_merges(finished: Line, tiny_base: Path, tmp_p
     )
     made = edgelora(*line, "--rows", rows, "--json", cwd=tmp_path).document
     file = tmp_path / made["path"]
-    assert [p.name for p in file.parent.iterdir() if p != file] == [artifact.MANIFEST]
+    assert {p.name for p in file.parent.iterdir() if p != file} == {artifact.MANIFEST, "Modelfile", "README.md", "SHA256SUMS"}
     losses = {row["base"]: row["loss"] for row in made["merge"]["candidates"]}
     assert set(losses) == {"nf4", "16bit"}
     assert losses[made["merge"]["kept"]] == min(losses.values())

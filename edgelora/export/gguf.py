@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ TYPES = {name: kind.about for name, kind in gguf_types.FILE_TYPES.items()}
 RUNTIME = "llama.cpp"
 REQUIRES = ("gguf", "llama_cpp")
 MERGES = True
+APART = False
+OPTIONS = frozenset({"importance", "tensor_types"})
 
 _RANGES_WAITING = 8  # of one tensor, quantized ahead of what is written
 
@@ -47,10 +49,57 @@ def predict_bytes(
 ) -> int:
     """The exact size of what `write` would make with the same arguments, from headers alone.
 
-    The header holds `name`: without it the answer is short by at most its length in UTF-8 plus 31 bytes of padding.
+    The header holds `name`: without it the answer is short by at most its length in UTF-8 plus 31 bytes of padding. An
+    empty `importance` stands for one that will be measured; ModelError for a type that is noise without one.
     """
     layout = _Layout.of(model, type, name, importance, tensor_types, weights)
+    if importance is None:
+        layout.check_importance(type, {})
     return layout.data_start + sum(padded(tensor.bytes) for tensor in layout.tensors)
+
+
+def gains_from_importance(model: Path, type: str, tensor_types: Sequence[str] = (), weights: Checkpoint | None = None) -> bool:
+    """Whether any tensor of the file is quantized by a method that looks at an importance matrix."""
+    return gguf_types.gains_from_importance(_Layout.of(model, type, "", None, tensor_types, weights).choices)
+
+
+def mixture(
+    model: Path,
+    type: str,
+    importance: Importance | None = None,
+    tensor_types: Sequence[str] = (),
+    weights: Checkpoint | None = None,
+) -> dict[str, Any]:
+    """What the matrices of the file will be: how many of each type, bits a weight over all, and every fallback.
+
+    A fallback: `tensors` of them, whose rows of `columns` weights are no multiple of the wanted type's block.
+    """
+    layout = _Layout.of(model, type, "", importance, tensor_types, weights)
+    shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
+    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
+    types = Counter(layout.choices[name].type.name.lower() for name in matrices)
+    fallbacks = Counter((c.wanted, c.type, shapes[name][-1]) for name, c in layout.choices.items() if c.fell_back)
+    return {
+        "bits_a_weight": gguf_types.bits_a_weight(layout.choices, shapes),
+        "types": dict(types.most_common()),
+        "fallbacks": [
+            {
+                "wanted": wanted.name.lower(),
+                "block": ggml.block_size(wanted),
+                "type": stands_in.name.lower(),
+                "columns": columns,
+                "tensors": count,
+            }
+            for (wanted, stands_in, columns), count in fallbacks.items()
+        ],
+    }
+
+
+def layer_matrices(model: Path, type: str, weights: Checkpoint) -> tuple[dict[str, str], dict[str, ggml.Type]]:
+    """Of every matrix of a layer, by its GGUF name: its name in the checkpoint, and the type it gets."""
+    layout = _Layout.of(model, type, "", None, (), weights)
+    found = {t.name: t for t in layout.tensors if t.source is not None and len(t.shape) > 1 and t.name.startswith("blk.")}
+    return {name: t.source.name for name, t in found.items() if t.source}, {name: t.type for name, t in found.items()}
 
 
 def write(
@@ -168,7 +217,7 @@ class _Layout:
             kind = self.choices[lacking].type.name
             raise ModelError(
                 f"{type} without an importance matrix is noise ({lacking} would be {kind})",
-                "measure one on your training rows, or choose a type of more bits",
+                "`edgelora run` measures one on your training rows, --imatrix names one; or choose a type of more bits",
             )
 
     @cached_property

@@ -34,17 +34,20 @@ _BATTERY: tuple[Messages, ...] = (
 _UNUSUAL: tuple[Messages, ...] = ((("user", _U), ("user", _U2)), (("user", _U), ("assistant", _A), ("assistant", _A2), ("user", _U2)))
 
 
-def write(file: Path, adapter: Path | None = None, licence: str | None = None) -> Path:
-    """Write ``Modelfile`` beside the GGUF `file`; with `adapter`, Ollama puts that GGUF adapter on it."""
+def write(file: Path, adapter: Path | None = None, licence: str | None = None, system: str | None = None) -> Path:
+    """Write ``Modelfile`` beside the GGUF `file`; with `adapter`, Ollama puts that GGUF adapter on it.
+
+    `system`: a system message for conversations that bring none, where the file's template does not hold it.
+    """
     header = read_header(file)
     turns = translate(header)
     target = file.with_name("Modelfile")
-    target.write_text("".join(line + "\n" for line in _lines(file, adapter, header, turns, licence)), encoding="utf-8")
+    target.write_text("".join(line + "\n" for line in _lines(file, adapter, header, turns, licence, system)), encoding="utf-8")
     return target
 
 
-def _lines(file: Path, adapter: Path | None, header: Header, turns: Turns | None, licence: str | None) -> Iterator[str]:
-    yield f"# ollama create {file.stem.lower()} -f Modelfile"
+def _lines(file: Path, adapter: Path | None, header: Header, turns: Turns | None, licence: str | None, system: str | None) -> Iterator[str]:
+    yield f"# ollama create {(adapter or file).stem.lower()} -f Modelfile"
     yield f"FROM ./{file.name}"
     if adapter is not None:
         yield f"ADAPTER ./{adapter.name}"
@@ -52,6 +55,8 @@ def _lines(file: Path, adapter: Path | None, header: Header, turns: Turns | None
         yield f'TEMPLATE """{turns.go()}"""'
     else:
         yield "# The chat template of this model cannot be said in Go's template language: Ollama will guess one, so its answers may differ."
+    if system:
+        yield f'SYSTEM """{system}"""'
     context = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
     if isinstance(context, int):
         yield f"PARAMETER num_ctx {min(context, _LONGEST_CONTEXT)}"

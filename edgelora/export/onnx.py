@@ -29,6 +29,8 @@ TYPES = {
 }
 RUNTIME = "onnxruntime"
 MERGES = False
+APART = False
+OPTIONS: frozenset[str] = frozenset()
 REQUIRES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "tokenizers", "torch", "transformers")
 
 _BUILDER = {  # type -> the builder's --precision and --extra_options

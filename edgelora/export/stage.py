@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from edgelora import artifact, doctor, evaluate, merge
+from edgelora import artifact, doctor, evaluate, merge, weights
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
 from edgelora.errors import UsageError
-from edgelora.export import FORMATS, verify
+from edgelora.export import FORMATS, beside, survival, verify
 from edgelora.export.reference import Reference
+from edgelora.quant import importance as importances
 from edgelora.runtime import runtime
 from edgelora.tuned import Tuned
 from edgelora.weights import Checkpoint
@@ -30,7 +32,7 @@ def format_module(name: str) -> ModuleType:
 
 
 def resolve(section: recipes.Export) -> recipes.Export:
-    """The section with its type filled in; UsageError for a type the format does not have."""
+    """The section with its type filled in; UsageError for a type or a key that the format does not have."""
     import difflib
 
     module = format_module(section.format)
@@ -41,7 +43,42 @@ def resolve(section: recipes.Export) -> recipes.Export:
             f"{section.format} has no type {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             f"its types: {', '.join(module.TYPES)}",
         )
-    return recipes.Export(section.format, kind)
+    unknown = [key for key in ("importance", "tensor_types") if getattr(section, key) and key not in module.OPTIONS]
+    if unknown:
+        raise UsageError(f"{section.format} has no {unknown[0]}", "leave it out, or export to gguf")
+    return dataclasses.replace(section, type=kind)
+
+
+def weighed(model: Path, section: recipes.Export) -> bool:
+    """Whether `model` (a Hugging Face folder) is exported with an importance matrix: unless told not to, where a type gains from one.
+
+    UsageError when one is asked for that nothing would look at.
+    """
+    section = resolve(section)
+    module = format_module(section.format)
+    if "importance" not in module.OPTIONS or section.importance is False:
+        return False
+    gains = bool(module.gains_from_importance(model, str(section.type), section.tensor_types))
+    if section.importance and not gains:
+        raise UsageError(f"importance: true changes nothing: {section.type} is rounded the same with and without", "leave it out")
+    return gains
+
+
+def predict(model: Path, section: recipes.Export, name: str, measured: bool = True) -> tuple[int, dict[str, Any]]:
+    """The size in bytes that `model` will have, and what its matrices will be (empty where a format has no mixture).
+
+    `measured`: whether an importance matrix is at hand or will be, for a type that gains from one.
+    """
+    section = resolve(section)
+    module = format_module(section.format)
+    options = _options(module, section, {} if measured and weighed(model, section) else None)
+    mixture = module.mixture(model, str(section.type), **options) if module.OPTIONS else {}
+    return module.predict_bytes(model, str(section.type), name, **options), mixture
+
+
+def _options(module: ModuleType, section: recipes.Export, means: importances.Importance | None) -> dict[str, Any]:
+    """What of a section `predict_bytes`, `mixture` and `write` of the format take beside the type."""
+    return {"importance": means, "tensor_types": section.tensor_types} if module.OPTIONS else {}
 
 
 def export(
@@ -56,13 +93,16 @@ def export(
     threads: int,
     out: Path,
     prefix: str = "",
+    importance: Path | None = None,
+    origin: beside.Origin | None = None,
     progress: Progress,
 ) -> Artifact:
     """Write `model` in one format and verify it against the model as trained, on the first of `rows`.
 
     An adapter that has not been merged yet is merged on the way. Where it can go into two bases and `merge_base` is
     "auto", both files are written and measured on all `rows`, in the runtime of their users; the better one is kept.
-    `rows_from` says which data set the rows are and what it served for. A file that fails its verification raises
+    `rows_from` says which data set the rows are and what it served for, `importance` is the file of an importance
+    matrix, `origin` what the model card says about base and data. A file that fails its verification raises
     VerifyError and is not left under its final name.
     """
     section = resolve(section)
@@ -72,18 +112,20 @@ def export(
     if not (model.folder or module.MERGES):
         raise UsageError(f"{section.format} is written from a merged model", "merge the adapter first: edgelora merge")
     checked = rows[: limits.verify_rows]
+    options = _options(module, section, importances.read(importance) if importance else None)
 
     def make(folder: Path) -> dict[str, Any]:
         scratch = folder / ".scratch"
         scratch.mkdir()
-        described = model.folder or model.describe(scratch)
+        told = dataclasses.replace(model, system=None) if module.APART else model  # a shared base says nothing of one adapter
+        described = model.folder or told.describe(scratch)
 
-        def weights(base: str | None) -> dict[str, Any]:
+        def source(base: str | None) -> dict[str, Any]:
             return {} if base is None else {"weights": model.merged(base)}
 
         def write(base: str | None, type: str, place: Path, step: Progress) -> Path:
             place.mkdir(exist_ok=True)
-            return Path(module.write(described, type, place, name, step, **weights(base)))
+            return Path(module.write(described, type, place, name, step, **(options if type == kind else {}), **source(base)))
 
         progress(0.0, "running the model as trained")
         reference = model.as_trained(rows if len(bases) > 1 else checked, threads)
@@ -94,11 +136,17 @@ def export(
             if len(bases) > 1:
                 with runtime(module.RUNTIME).open(files[base], threads) as session:
                     tried.append(merge.Candidate(str(base), evaluate.divergence(reference, session, rows)))
-        kept, facts = bases[0], {}
+        kept = bases[0]
+        facts: dict[str, Any] = {}
         if tried:
             chosen, why = merge.choose(tried, limits.max_kl)
-            kept, facts = chosen.base, {"merge": {"kept": chosen.base, "why": why, "candidates": [c.as_row() for c in tried]}}
-        written = files[kept].rename(folder / files[kept].name)
+            kept = chosen.base
+            facts["merge"] = {"kept": chosen.base, "why": why, "candidates": [c.as_row() for c in tried]}
+        for item in files[kept].parent.iterdir():
+            item.rename(folder / item.name)
+            if item.name != files[kept].name:
+                facts |= {"base_file": item.name, "base_bytes": size_bytes(folder / item.name)}
+        written = folder / files[kept].name
         progress(0.8, f"opening {written.name} in {module.RUNTIME}")
         found = verify.verify(
             described,
@@ -109,11 +157,19 @@ def export(
             limits.max_kl,
             threads,
             full_precision=lambda: write(kept, _widest(module), scratch / "widest", lambda share, text: None),
-            merged=lambda: Reference(described, weights(kept).get("weights") or Checkpoint(described), None, checked, threads),
+            merged=lambda: Reference(described, source(kept).get("weights") or Checkpoint(described), None, checked, threads),
         )
-        predicted = module.predict_bytes(described, kind, name, **weights(kept))
+        predicted = module.predict_bytes(described, kind, name, **options, **source(kept))
+        if module.OPTIONS:
+            facts["weights"] = module.mixture(described, kind, **options, **source(kept))
+            # None: nothing in this file would look at one
+            facts["importance"] = (
+                bool(importance) if module.gains_from_importance(described, kind, section.tensor_types, **source(kept)) else None
+            )
+            if model.adapter and kept and not module.APART:
+                facts["change"] = survival.survey(described, weights.Base(model.base, kept), model.merged(kept), kind)
         shutil.rmtree(scratch)
-        return {
+        facts = {
             "file": written.name,
             "format": section.format,
             "type": kind,
@@ -124,14 +180,29 @@ def export(
             **facts,
             **({"labels": list(model.labels)} if model.labels else {}),
         }
+        beside.write(folder, facts, origin or beside.origin(model), name, model.system)
+        return facts
 
     return artifact.build(
         out,
         f"{prefix}{section.format}-{kind}",
         "export",
         make,
-        made_from={"model": model.key, **{f"rows.{n}": n for n in rows_from}, "rows": merge.rows_key(rows if len(bases) > 1 else checked)},
-        recipe={"format": section.format, "type": kind, "name": name, "max_kl": limits.max_kl, "into": list(bases)},
+        made_from={
+            "model": model.key,
+            **{f"rows.{n}": n for n in rows_from},
+            "rows": merge.rows_key(rows if len(bases) > 1 else checked),
+            **({"importance": artifact.sha256(importance)} if importance else {}),
+        },
+        recipe={
+            "format": section.format,
+            "type": kind,
+            "tensor_types": list(section.tensor_types),
+            "name": name,
+            "max_kl": limits.max_kl,
+            "into": list(bases),
+            "origin": dataclasses.asdict(origin) if origin else None,
+        },
         versions=artifact.versions_of("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
         rows=rows_from,
     )

@@ -78,6 +78,18 @@ REPORT: dict[str, Any] = {
             "tokens_equal": bool,
             "template_equal": bool,
             "merge": _MERGE,
+            "weights": {  # of formats that mix types; fallbacks: matrices whose rows do not fit the wanted type's block
+                "bits_a_weight": float,
+                "types": {str: int},
+                "fallbacks": [{"wanted": str, "block": int, "type": str, "columns": int, "tensors": int}],
+            },
+            "importance": bool,  # whether rounding was weighed by training rows; null: nothing looks at it
+            "change": {  # what training changed; kept: file type -> share that is left after rounding
+                "grid": {"type": str, "share": float, "error": float},  # of the base's matrices, that lie on one already
+                "kept": {str: float},
+            },
+            "base_file": str,  # of an adapter, beside it
+            "base_bytes": int,
             "sha256": str,
             "parts": {str: {str: int}},  # bytes of each group of tensors, by type: {"attention": {"Q4_K": 12345}}
         }

@@ -83,6 +83,7 @@ def files(doc: Row) -> Table:
                 lambda row: f.aside(f.size(row.get("size_bytes")), f.labelled("predicted: ", f.size(row.get("predicted_bytes")))),
                 by="size_bytes",
             ),
+            Column("Bits a weight", lambda row: f.number(section(row, "weights").get("bits_a_weight"))),
             Column("KL, nats a token", lambda row: f.within(row.get("kl"), row.get("kl_low"), row.get("kl_high"), f.number), by="kl"),
             Column("Same top token", of("top1", f.percent), by="top1"),
             Column("n", lambda row: f.sample(row.get("rows"), row.get("tokens")), by="tokens"),

@@ -23,7 +23,7 @@ import numpy as np
 
 from edgelora import machine
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
-from edgelora.gguf_header import Array, Header, read_header
+from edgelora.gguf_header import Array, Header, base_of, read_header
 from edgelora.size import traffic
 
 REQUIRES = ("llama_cpp", "numpy")
@@ -58,8 +58,12 @@ def version() -> str:
 
 
 def open(path: Path, threads: int) -> LlamaSession:
-    """Open a GGUF file. ModelError names what llama.cpp (or our own look at the header) found wrong with it."""
-    return LlamaSession(path, threads)
+    """Open a GGUF file, or a GGUF adapter on the base that lies beside it.
+
+    ModelError names what llama.cpp (or our own look at the header) found wrong with it.
+    """
+    base = base_of(path)
+    return LlamaSession(base or path, threads, path if base else None)
 
 
 def open_vocabulary(path: Path) -> Vocabulary:
@@ -175,9 +179,16 @@ class LlamaSession(Vocabulary):
     trained for: a longer text is Unsupported. Another call while `generate` is iterated ends that iteration with an error.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, adapter: Path | None = None) -> None:
         super().__init__(path, vocab_only=False)
         self._threads = threads
+        self._adapter: Any = None
+        if adapter is not None:
+            _errors.clear()
+            self._adapter = llama_cpp.llama_adapter_lora_init(self._model, str(adapter).encode())
+            if not self._adapter:
+                self.close()
+                raise ModelError(f"llama.cpp cannot put {adapter} on {path.name}: {_cause()}", "use the base that it was trained on")
         self._room = (0, 0)  # tokens the context holds, its flash_attn_type
         if llama_cpp.llama_model_has_encoder(self._model) or not llama_cpp.llama_model_has_decoder(self._model):
             self.close()
@@ -246,6 +257,9 @@ class LlamaSession(Vocabulary):
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             raise ModelError(f"llama.cpp cannot make a context of {size} tokens: {_cause()}", "use a shorter text, or free some memory")
+        if self._adapter:  # freed with the model
+            adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+            llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
         self._room = (size, flash)
 
     def _decode(self, ids: Sequence[int], start: int, logits_from: int) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgelora import size
-from edgelora.gguf_header import read_header
+from edgelora.gguf_header import base_of, read_header
 
 _IDLE = ("metadata", "padding")  # never read while decoding
 
 
 def bytes_per_token(path: Path) -> int:
     """Every weight once, but of an embedding table of its own just one row, and of experts only those that are used.
+
+    Of a GGUF adapter those of the base beside it too.
 
     ModelError when the file is missing or damaged. Containers whose tensors bear no names (.pte, .litertlm) are taken whole.
     """
@@ -31,7 +33,8 @@ def _gguf(path: Path) -> int:
             total += tensor.n_bytes * used // experts
         else:
             total += tensor.n_bytes
-    return total
+    base = base_of(path)
+    return total + (_gguf(base) if base else 0)
 
 
 def _grouped(path: Path) -> int:

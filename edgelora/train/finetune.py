@@ -98,6 +98,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     return {
         "method": train.method,
         "base": base.name,
+        "data": {"data_licence": recipe.data.licence, "data_attribution": recipe.data.attribution},
         "dtype": str(dtype).removeprefix("torch."),
         "device": load.device(),
         "trained_parameters": trained,
