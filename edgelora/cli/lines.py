@@ -39,9 +39,10 @@ def file(facts: Any) -> list[str]:
 
 def bench(row: Any) -> str:
     share, ceiling = row["bandwidth_share"], row["bandwidth_gb_per_s"]
-    reached = f" ({share:.0%} of the {ceiling:.1f} GB/s that {row['threads']} threads read here)" if share else ""
+    threads = f"{row['threads']} thread{'' if row['threads'] == 1 else 's'}"
+    reached = f" ({share:.0%} of the {ceiling:.1f} GB/s that {threads} can read here)" if share else ""
     return (
-        f"{row['file']}  {row['runtime']}, {row['threads']} threads, prompt {row['prompt_tokens']}: first token {row['ttft_ms']:.0f} ms, "
+        f"{row['file']}  {row['runtime']}, {threads}, prompt {row['prompt_tokens']}: first token {row['ttft_ms']:.0f} ms, "
         f"prefill {row['prefill_tok_per_s']:.0f} tok/s, decode {row['decode_tok_per_s']:.1f} tok/s{reached}, "
         f"peak {row['peak_rss_bytes'] / 1e6:.0f} MB" + (f"; doubtful: {row['noisy_why']}" if row["noisy"] else "")
     )

@@ -58,7 +58,8 @@ def losses(doc: Doc) -> Markup:
     legend = [_key("ref", "untuned base")] if any(pair.before for pair in pairs) else []
     legend += named if len(named) <= 4 else [tag("span", "in colour: the exported file")]
     drawing = plot.pairs(pairs, "loss, nats a token; lower is better", f.loss)
-    return _figure("Loss on rows that training never saw", legend, drawing, len(pairs))
+    title = "Loss on rows that training never saw" if tables.trained(doc) else "Loss on these rows"
+    return _figure(title, legend, drawing, len(pairs))
 
 
 def latency(doc: Doc) -> Markup:

@@ -112,15 +112,12 @@ def speed_quality(doc: Doc, series: Mapping[Any, str], names: Mapping[Any, str])
     most = max(lengths.values())
     length = max(n for n, count in lengths.items() if count == most)
     rows = [row for row in rows if row.get("prompt_tokens") == length]
-    differs = [
-        key
-        for key in ("runtime", "threads")
-        if len({(row.get("file"), row.get(key)) for row in rows}) > len({row.get("file") for row in rows})
-    ]
+    ways = {key: Counter(file for file, _ in {(row.get("file"), row.get(key)) for row in rows}) for key in ("runtime", "threads")}
     points = []
     for row in rows:
         file, speed = row.get("file"), row["decode_tok_per_s"]
-        words = [f"{row[key]} threads" if key == "threads" else str(row[key]) for key in differs if row.get(key)]
+        differs = [key for key in ways if row.get(key) and ways[key][file] > 1]
+        words = [f"{row[key]} thread{'' if row[key] == 1 else 's'}" if key == "threads" else str(row[key]) for key in differs]
         label = ", ".join([str(names.get(file, file)), *words])
         points.append(_point(file, label, speed, known[file], series[file], f"{f.number(speed)} tok/s", measure))
     return figure("Quality against speed", _judged(doc, points), f"decode after {f.count(length)} prompt tokens, tok/s", measure, True)

@@ -42,7 +42,11 @@ def _report(doc: Mapping[str, Any]) -> list[Markup]:
     return [
         _header(doc),
         _tiles(doc),
-        _section("Training, size and quality", charts.training_and_files(doc), _table(tables.files(doc))),
+        _section(
+            "Training, size and quality" if tables.trained(doc) else "Size and quality",
+            charts.training_and_files(doc),
+            _table(tables.files(doc)),
+        ),
         _section("Where the MB go", _beside(charts.anatomy(doc), _table(tables.anatomy(doc)))),
         _section("Loss before and after" if _has_before(doc) else "Loss", *_losses(doc), _table(tables.accuracy(doc))),
         _section(_speed_title(doc), charts.latency(doc), _table(tables.bench(doc))),
@@ -102,7 +106,7 @@ def _tiles(doc: Mapping[str, Any]) -> Markup:
         ),
         _tile(
             f.number(file.get("kl")),
-            "KL to the trained model, nats a token",
+            f"KL to {tables.reference(doc)}, nats a token",
             _joined(f.labelled("same top token ", top1), f.sample(file.get("rows"), file.get("tokens"))),
         ),
         _tile(

@@ -343,6 +343,16 @@ def shipped(doc: Row) -> tuple[Row, Row, Row]:
     return file, first("losses", "change"), first("bench", "decode_tok_per_s")
 
 
+def trained(doc: Row) -> bool:
+    """Whether the report is of a run that trained a model, or just of files that were measured."""
+    return bool(section(doc, "training") or section(doc, "recipe"))
+
+
+def reference(doc: Row) -> str:
+    """What a KL is measured from."""
+    return "the trained model" if trained(doc) else "the reference"
+
+
 def headline(doc: Row) -> str:
     """'The file that ships: 105.5 MB, 41 % lower loss than the untuned base on paraphrase, 65.2 tok/s on this machine.'
 
@@ -353,7 +363,8 @@ def headline(doc: Row) -> str:
     where = "tok/s on this machine" + (" (disturbed, see below)" if disturbed(bench_row) else "")
     parts = [f.size(file.get("size_bytes")), _loss_words(loss), f.suffixed(speed, where)]
     said = ", ".join(part for part in parts if part)
-    return f"The file that ships: {said}." if said else ""
+    who = "The file that ships" if trained(doc) or not file.get("file") else file["file"]
+    return f"{who}: {said}." if said else ""
 
 
 def _loss_words(row: Row) -> str:
