@@ -120,6 +120,13 @@ class Export:
     type: str | None = None  # None: the format's own default
     importance: bool | None = None  # weigh rounding errors by the training rows (GGUF). None: for every type that gains from it
     tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE: tensors that get another type (GGUF), e.g. ffn_down=q6_k
+    max_size: str | None = None  # e.g. 90MB, instead of a type: the best type for every tensor within that size (GGUF)
+    max_kl: float | None = None  # or: the smallest file that is predicted to stay that close to the trained model, nats a token (GGUF)
+
+    @property
+    def planned(self) -> bool:
+        """Whether a plan chooses the types, to keep a size or a loss."""
+        return self.max_size is not None or self.max_kl is not None
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ class Importance:
 
     rows: int = 128  # of `train`, at most
     answer_weight: int = 4  # a token of an answer counts as many times as one of its question
+    plan_rows: int = 64  # of `train`, at most, run forwards and backwards for a size plan
 
 
 @dataclass(frozen=True)
@@ -292,7 +300,9 @@ def _limits(recipe: Recipe) -> list[str]:
         (all(re.fullmatch(r"\w+", name) for name in data.held_out), "data.held_out: a name should be letters, digits or '_'"),
         (len(recipe.exports) == len(set(recipe.exports)), "exports: the same format and type twice"),
         (recipe.importance.rows >= 1, "importance.rows: should be 1 or more"),
+        (recipe.importance.plan_rows >= 1, "importance.plan_rows: should be 1 or more"),
         (recipe.importance.answer_weight >= 1, "importance.answer_weight: should be 1 or more"),
+        *((budget_problem(section) is None, f"exports: {budget_problem(section)}") for section in recipe.exports),
         (recipe.evaluate.rows >= 1, "evaluate.rows: should be 1 or more"),
         (recipe.evaluate.verify_rows >= 1, "evaluate.verify_rows: should be 1 or more"),
         (recipe.evaluate.max_kl > 0, "evaluate.max_kl: should be above 0"),
@@ -305,6 +315,26 @@ def _limits(recipe: Recipe) -> list[str]:
         (recipe.threads is None or recipe.threads >= 1, f"threads: {recipe.threads} should be 1 or more"),
     ]
     return [message for holds, message in rules if not holds]
+
+
+def budget_problem(section: Export) -> str | None:
+    """What is wrong with an export's max_size or max_kl; None when it asks for neither, or in a way that can be served."""
+    if section.max_size is None and section.max_kl is None:
+        return None
+    if section.format != "gguf":
+        return f"{section.format} cannot be planned to a size or loss: name a type, or export to gguf"
+    if section.type is not None or section.tensor_types:
+        return "a type and a budget exclude one another: the plan chooses a type for every tensor"
+    if section.max_size is not None and section.max_kl is not None:
+        return "max_size and max_kl at once: name one, the other is measured and reported"
+    if section.max_kl is not None and section.max_kl <= 0:
+        return f"max_kl: {section.max_kl} should be above 0"
+    if section.max_size is not None:
+        try:
+            size_bytes(section.max_size)
+        except ValueError as error:
+            return f"max_size: {error}"
+    return None
 
 
 def _dataclass(cls: type, values: Any, where: str, problems: list[str]) -> Any:

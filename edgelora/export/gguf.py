@@ -7,13 +7,14 @@ in memory is needed. The same input gives the same bytes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from edgelora.errors import ModelError
 from edgelora.export import architectures, gguf_file, gguf_tokenizer
 from edgelora.export.gguf_file import padded
 from edgelora.quant import ggml, gguf_types
+from edgelora.quant.compensate import Rounding
 from edgelora.quant.importance import Importance
 from edgelora.weights import Checkpoint, ranges
 
@@ -102,6 +104,33 @@ def layer_matrices(model: Path, type: str, weights: Checkpoint) -> tuple[dict[st
     return {name: t.source.name for name, t in found.items() if t.source}, {name: t.type for name, t in found.items()}
 
 
+def matrices(model: Path, name: str, weights: Checkpoint | None = None) -> tuple[int, dict[str, Matrix]]:
+    """Bytes of the file without the matrices that may take one type or another, and those matrices, in file order."""
+    layout = _Layout.of(model, "f16", name, None, (), weights)
+    chosen = {tensor.name: tensor for tensor in layout.tensors if tensor.type == ggml.Type.F16 and tensor.source is not None}
+    rest = layout.data_start + sum(padded(tensor.bytes) for tensor in layout.tensors if tensor.name not in chosen)
+    return rest, {key: Matrix(tensor.shape, partial(_values, tensor, layout)) for key, tensor in chosen.items()}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of the file: its shape, and a function that reads its weights, float32."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def bytes(self, type: ggml.Type) -> int:
+        """What it takes in the file, padding included."""
+        return padded(math.prod(self.shape[:-1]) * ggml.row_bytes(type, self.shape[-1]))
+
+
+def _values(tensor: _Tensor, layout: _Layout) -> np.ndarray:
+    assert tensor.source is not None
+    if tensor.source.change is not None:
+        return _changed(tensor, tensor.source, layout)
+    return layout.checkpoint.rows(tensor.source.name)
+
+
 def write(
     model: Path,
     type: str,
@@ -111,6 +140,7 @@ def write(
     importance: Importance | None = None,
     tensor_types: Sequence[str] = (),
     weights: Checkpoint | None = None,
+    rounding: Rounding | None = None,
 ) -> Path:
     """Write ``folder/name-type.gguf`` from the Hugging Face folder `model` and return its path.
 
@@ -119,7 +149,8 @@ def write(
 
     `importance`: GGUF tensor name -> float32, shape (columns,), the mean square of each column's input; with it the
     quantizers weigh errors as llama.cpp does with an importance matrix. `tensor_types`: "PATTERN=TYPE", see
-    `gguf_types.overrides`. `progress(share, tensor name)` is called as tensors are written.
+    `gguf_types.overrides`. `rounding`: how matrices are rounded, if not by ggml with `importance`. `progress(share, tensor
+    name)` is called as tensors are written.
 
     Raises ModelError, naming the culprit, for a model that is damaged or that llama.cpp cannot run, and for a type that
     is noise without an importance matrix when there is none. No half file is left under the final name.
@@ -136,7 +167,7 @@ def write(
             stream.write(bytes(layout.data_start - len(layout.header)))
             for tensor in layout.tensors:
                 progress(done / total, tensor.name)
-                for block in _packed(tensor, layout, importance, pool):
+                for block in _packed(tensor, layout, importance, pool, rounding):
                     stream.write(block)
                 stream.write(bytes(padded(tensor.bytes) - tensor.bytes))
                 done += tensor.bytes
@@ -237,7 +268,9 @@ def _plain_name(name: str) -> str:
 # ---- weights ----
 
 
-def _packed(tensor: _Tensor, layout: _Layout, importance: Importance | None, pool: ThreadPoolExecutor) -> Iterator[bytes]:
+def _packed(
+    tensor: _Tensor, layout: _Layout, importance: Importance | None, pool: ThreadPoolExecutor, rounding: Rounding | None
+) -> Iterator[bytes]:
     """The tensor's bytes, a range of rows at a time: quantized in `pool`, which releases Python's lock, and given in order.
 
     The ranges depend on the shape alone, so the bytes are the same for any number of threads; only a few wait at a time.
@@ -246,11 +279,14 @@ def _packed(tensor: _Tensor, layout: _Layout, importance: Importance | None, poo
         yield np.asarray(tensor.values, dtype="<f4").tobytes()
         return
     source, weights = tensor.source, (importance or {}).get(tensor.name)
+    quantize = partial(ggml.quantize, type=tensor.type, importance=weights)
+    if rounding is not None and len(tensor.shape) > 1:
+        quantize = partial(rounding.quantize, tensor.name, type=tensor.type)
     whole = _changed(tensor, source, layout) if source.change is not None else None
 
     def pack(first: int, last: int) -> bytes:
         values = layout.checkpoint.rows(source.name, first, last) if whole is None else whole[first:last]
-        return _quantized(values, tensor.type, source.name, weights)
+        return _quantized(values, tensor.type, source.name, quantize)
 
     waiting: deque[Future[bytes]] = deque()
     for first, last in ranges(tensor.shape):
@@ -274,14 +310,14 @@ def _changed(tensor: _Tensor, source: architectures.Source, layout: _Layout) -> 
     return np.asarray(weight.reshape(-1, tensor.shape[-1]).float().numpy())
 
 
-def _quantized(values: np.ndarray, type: ggml.Type, name: str, importance: np.ndarray | None) -> bytes:
+def _quantized(values: np.ndarray, type: ggml.Type, name: str, quantize: Callable[..., np.ndarray]) -> bytes:
     lowest, highest = values.min(), values.max()  # NaN if any value is
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise ModelError(f"{name} holds NaN or infinite weights", "the training diverged: lower the learning rate and train again")
     if type == ggml.Type.F16 and max(-lowest, highest) > np.finfo(np.float16).max:
         raise ModelError(f"{name} holds {max(-lowest, highest):.3g}, more than f16 can", "choose bf16 or f32")
     try:
-        return ggml.quantize(values, type, importance).tobytes()
+        return quantize(values=values).tobytes()
     except ModelError as error:
         raise ModelError(f"{name}: {error.message}", error.hint) from error
 

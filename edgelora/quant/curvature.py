@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,43 @@ class Curvature:
             p, q = _log_softmax(right), _log_softmax(wrong)
             total += float((np.exp(p) * (p - q)).sum())
         return total / len(self.states)
+
+
+def save(found: Curvature, path: Path) -> None:
+    """Write the inputs' moments as safetensors: correlations as float16 (rounding shrinks them anyway) and deviations as float32."""
+    from safetensors.numpy import save_file
+
+    arrays = {}
+    for name, moments in found.inputs.items():
+        deviation = np.sqrt(np.maximum(np.diag(moments), 1e-30))
+        arrays[f"{name}.correlation"] = (moments / np.outer(deviation, deviation)).astype(np.float16)
+        arrays[f"{name}.deviation"] = deviation.astype(np.float32)
+    save_file(arrays, path, metadata=dict(found.source))
+
+
+class Moments:
+    """What `save` wrote, a matrix at a time. ModelError for a file that is missing or damaged."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._file = safe_open(path, framework="np")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is missing or damaged: {error}", "remove its folder and run the same command again") from error
+        self.source: Mapping[str, str] = self._file.metadata() or {}
+
+    def __call__(self, name: str) -> np.ndarray | None:
+        """Second moments of a matrix's inputs, float32, shape (columns, columns); None for one that was not measured."""
+        if name not in self.source:
+            return None
+        deviation = self._file.get_tensor(f"{self.source[name]}.deviation")
+        correlation = self._file.get_tensor(f"{self.source[name]}.correlation").astype(np.float32)
+        return np.asarray(correlation * np.outer(deviation, deviation))
+
+    def importance(self) -> dict[str, np.ndarray]:
+        """Mean square of each column's input, float32, shape (columns,), for every matrix that was measured."""
+        return {name: self._file.get_tensor(f"{source}.deviation") ** 2 for name, source in self.source.items()}
 
 
 class _Input:

@@ -7,16 +7,19 @@ every size is a knapsack. Nothing here knows what a type is: an exporter that ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from edgelora.errors import Unsupported
+from edgelora.errors import ModelError, Unsupported
 from edgelora.quant.knapsack import Frontier
 
 SCHEMA = 1
 _POINTS = 40  # of a frontier that is shown
+_MOST_BYTES = 16 << 20  # of a plan's file
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,6 @@ class Menu:
 
     options: Mapping[str, tuple[Option, ...]]
     fixed_bytes: int
-    restricted: Mapping[str, str] = field(default_factory=dict)
 
     def plan(self, max_bytes: int) -> Plan:
         """The plan of least predicted loss within `max_bytes`; Unsupported names the smallest size when nothing fits."""
@@ -96,9 +98,39 @@ class Menu:
         return f"{name} alone is {least[name] / 1e6:.1f} MB at its smallest"
 
 
-def as_dict(menu: Menu) -> dict[str, Any]:
-    return {
+def menu_as_dict(menu: Menu) -> dict[str, Any]:
+    """JSON values from which `menu_of` makes the menu again."""
+    options = {name: [[o.type, o.bytes, o.cost] for o in item] for name, item in menu.options.items()}
+    return {"fixed_bytes": menu.fixed_bytes, "options": options}
+
+
+def menu_of(values: Mapping[str, Any]) -> Menu:
+    return Menu({name: tuple(Option(*o) for o in item) for name, item in values["options"].items()}, values["fixed_bytes"])
+
+
+def write_plan(path: Path, plan: Plan, compensated: bool) -> None:
+    """A plan as a file that `read_plan` takes: types by tensor, and how they are to be rounded."""
+    values = {
         "schema": SCHEMA,
-        "fixed_bytes": menu.fixed_bytes,
-        "options": {name: [[o.type, o.bytes, o.cost] for o in item] for name, item in menu.options.items()},
+        "size_bytes": plan.size_bytes,
+        "predicted_kl": plan.kl,
+        "compensated": compensated,
+        "types": dict(plan.types),
     }
+    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def read_plan(path: Path) -> tuple[Plan, bool]:
+    """The plan of a file, and whether it wants compensated rounding; ModelError for a file that is none."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ModelError(f"{path} is larger than {_MOST_BYTES >> 20} MiB", "name a plan.json that edgelora wrote")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        types = values["types"]
+        if values["schema"] != SCHEMA or not all(isinstance(kind, str) for kind in types.values()):
+            raise ValueError("unknown schema")
+        return Plan(types, int(values["size_bytes"]), float(values["predicted_kl"])), bool(values["compensated"])
+    except OSError as error:
+        raise ModelError(f"cannot read the plan {path}: {error.strerror}", "name a plan.json that edgelora wrote") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} is not a size plan: {error}", "name a plan.json that edgelora wrote") from error

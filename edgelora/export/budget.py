@@ -1,0 +1,300 @@
+"""Export within a size or a loss: measure how much each matrix matters, plan, write the best plans, measure them, keep the best.
+
+Predictions choose a plan for each way of rounding; the files are then written and compared with the model as trained,
+in the runtime of their users, on rows that choose. Rows that report are never seen here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelora import artifact, evaluate, merge
+from edgelora import recipe as recipes
+from edgelora.artifact import Artifact
+from edgelora.data.chat import Encoded
+from edgelora.errors import ModelError
+from edgelora.export import beside, gguf, verify
+from edgelora.export.reference import Reference
+from edgelora.quant import compensate, curvature, ggml, sensitivity, size_plan
+from edgelora.quant.ggml import Type
+from edgelora.quant.size_plan import Menu, Option, Plan
+from edgelora.runtime import runtime
+from edgelora.tuned import Tuned
+from edgelora.weights import Checkpoint
+
+Progress = Callable[[float, str], None]
+
+PLAN = "plan.json"
+_MOMENTS, _MENUS = "moments.safetensors", "menus.json"
+_SHRINK = 0.05  # of the correlations between inputs, which are estimates
+_ROUNDINGS = {"compensated": True, "nearest": False}
+# A file is named in llama.cpp's header after the type that most of its bytes have.
+_NAMES = {
+    Type.Q2_K: "q2_k", Type.Q3_K: "q3_k_m", Type.IQ4_XS: "iq4_xs", Type.Q4_0: "q4_0", Type.IQ4_NL: "iq4_nl", Type.Q4_K: "q4_k_m",
+    Type.Q4_1: "q4_1", Type.Q5_0: "q5_0", Type.Q5_K: "q5_k_m", Type.Q5_1: "q5_1", Type.Q6_K: "q6_k", Type.Q8_0: "q8_0", Type.F16: "f16",
+}  # fmt: skip
+
+
+def label(section: recipes.Export) -> str:
+    """What stands for the type in names: max-90mb, or max-kl-0.1."""
+    if section.max_size is not None:
+        return "max-" + section.max_size.replace(" ", "").lower()
+    return f"max-kl-{section.max_kl:g}"
+
+
+def measure(model: Tuned, base: str, calibration: Sequence[Encoded], name: str, out: Path, prefix: str, progress: Progress) -> Artifact:
+    """The curvature of `model`, merged into `base`, on training rows, and what every type of every matrix would cost; once a model."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        scratch = folder / ".scratch"
+        scratch.mkdir()
+        described = model.folder or model.describe(scratch)
+        weights = model.merged(base)
+        found = curvature.collect(_torch_model(described, weights), calibration, lambda share, text: progress(0.3 * share, text))
+        curvature.save(found, folder / _MOMENTS)
+        moments = curvature.Moments(folder / _MOMENTS)
+        fixed, matrices = gguf.matrices(described, name, weights)
+        menus: dict[str, dict[str, tuple[Option, ...]]] = {rounding: {} for rounding in _ROUNDINGS}
+        total = sum(len(_ROUNDINGS) * matrix.bytes(Type.F16) for matrix in matrices.values())
+        done = 0
+        for key, matrix in matrices.items():
+            values = matrix.read()
+            for rounding, compensated in _ROUNDINGS.items():
+                progress(0.3 + 0.7 * done / total, f"{key}, {rounding} rounding")
+                costs = sensitivity.costs(key, values, found, compensate.Rounding(moments, compensated, _SHRINK))
+                menus[rounding][key] = tuple(Option(kind.name, matrix.bytes(kind), cost) for kind, cost in costs.items())
+                done += matrix.bytes(Type.F16)
+        shutil.rmtree(scratch)
+        text = {rounding: size_plan.menu_as_dict(Menu(options, fixed)) for rounding, options in menus.items()}
+        (folder / _MENUS).write_text(json.dumps(text), encoding="utf-8")
+        return {"rows": len(calibration), "answer_tokens": found.answers, "matrices": len(matrices), "name": name}
+
+    return artifact.build(
+        out,
+        f"{prefix}curvature",
+        "curvature",
+        make,
+        made_from={"model": model.key, "rows": merge.rows_key(calibration)},
+        recipe={"base": base, "name": name, "shrink": _SHRINK},
+        versions=artifact.versions_of("torch", "transformers", "llama-cpp-python"),
+        rows={"train": "train"},
+    )
+
+
+def merged_into(model: Tuned, merge_base: str) -> str:
+    """The base that a planned file is merged into: the one that training saw, unless another is asked for."""
+    return "16bit" if model.folder else model.into(merge_base)[0]
+
+
+def find(out: Path, key: str) -> Artifact | None:
+    """What was measured below `out` on the model with content `key`, None when nothing was."""
+    for manifest in sorted(out.glob(f"*curvature-*/{artifact.MANIFEST}")):
+        made = artifact.load(manifest.parent)
+        if made.kind == "curvature" and made.made_from.get("model") == key:
+            return made
+    return None
+
+
+def menus(made: Artifact) -> dict[str, Menu]:
+    """The menu of each way of rounding; ModelError when the artifact is damaged."""
+    try:
+        values = json.loads((made.path / _MENUS).read_text(encoding="utf-8"))
+        return {rounding: size_plan.menu_of(values[rounding]) for rounding in _ROUNDINGS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{made.path.name}/{_MENUS} is damaged: {error}", "remove the folder and run the same command again") from error
+
+
+def export(
+    model: Tuned,
+    section: recipes.Export,
+    *,
+    name: str,
+    known: Artifact,
+    rows: Sequence[Encoded],
+    rows_from: Mapping[str, str],
+    merge_base: str = recipes.Merge.base,
+    limits: recipes.Evaluate,
+    threads: int,
+    out: Path,
+    prefix: str = "",
+    plan: Path | None = None,
+    origin: beside.Origin | None = None,
+    progress: Progress,
+) -> Artifact:
+    """Write `model` as the best GGUF file within the section's budget, and verify it.
+
+    `known` comes from `measure`; `rows` choose between plans. With `plan`, a plan.json of an earlier export, its types
+    are used and nothing is planned or compared. `origin` is for the model card. Raises Unsupported, naming what can be
+    reached, when the budget cannot be met, and VerifyError as every export does.
+    """
+    base = merged_into(model, merge_base)
+    kind = label(section) if section.planned else "plan"
+    checked = rows[: limits.verify_rows]
+
+    def make(folder: Path) -> dict[str, Any]:
+        scratch = folder / ".scratch"
+        scratch.mkdir()
+        described = model.folder or model.describe(scratch)
+        moments = curvature.Moments(known.path / _MOMENTS)
+        progress(0.0, "running the model as trained")
+        reference = model.as_trained(rows, threads)
+
+        def write(rounding: str, chosen: Plan, step: Progress) -> Path:
+            place = scratch / rounding
+            place.mkdir(exist_ok=True)
+            return _write(described, name, model.merged(base), moments, chosen, _ROUNDINGS[rounding], place, step)
+
+        def widest() -> Path:
+            return gguf.write(described, "f16", scratch, "widest", lambda share, text: None, weights=model.merged(base))
+
+        menus_ = menus(known)
+        if plan:
+            given, compensated = size_plan.read_plan(plan)
+            plans = {"compensated" if compensated else "nearest": given}
+        else:
+            plans = {rounding: _planned(menu, section) for rounding, menu in menus_.items()}
+        tried = []
+        for number, (rounding, chosen) in enumerate(plans.items()):
+            step = _part(progress, 0.1 + 0.8 * number / len(plans), 0.8 / len(plans))
+            written = write(rounding, chosen, step)
+            with runtime(gguf.RUNTIME).open(written, threads) as session:
+                measured = evaluate.divergence_summary(evaluate.divergence(reference, session, rows))
+            tried.append({"rounding": rounding, "size_bytes": written.stat().st_size, "predicted_kl": chosen.kl, **measured})
+        kept = min(tried, key=lambda row: row["kl"])
+        chosen = plans[kept["rounding"]]
+        final = (scratch / kept["rounding"] / _file_name(name)).rename(folder / f"{name}-{kind}.gguf")
+        progress(0.9, f"opening {final.name} in {gguf.RUNTIME}")
+        found = verify.verify(
+            described, final, gguf.RUNTIME, reference, checked, limits.max_kl, threads,
+            full_precision=widest, merged=lambda: Reference(described, model.merged(base), None, checked, threads),
+        )  # fmt: skip
+        size_plan.write_plan(folder / PLAN, chosen, _ROUNDINGS[kept["rounding"]])
+        weights = gguf.mixture(described, *_types(chosen, gguf.matrices(described, name, model.merged(base))[1], {}), model.merged(base))
+        shutil.rmtree(scratch)
+        frontier = [{"size_bytes": p.size_bytes, "predicted_kl": p.kl} for p in menus_[kept["rounding"]].frontier()]
+        facts = {
+            "file": final.name,
+            "format": "gguf",
+            "type": kind,
+            "runtime": gguf.RUNTIME,
+            "size_bytes": final.stat().st_size,
+            "predicted_bytes": chosen.size_bytes,
+            **found,
+            "weights": weights,
+            "plan": {"kept": kept["rounding"], "candidates": tried, "frontier": frontier},
+            **({"labels": list(model.labels)} if model.labels else {}),
+        }
+        beside.write(folder, facts, origin or beside.origin(model), name, model.system)
+        return facts
+
+    return artifact.build(
+        out,
+        f"{prefix}gguf-{kind}",
+        "export",
+        make,
+        made_from={
+            "model": model.key,
+            "curvature": known.key,
+            **{f"rows.{n}": n for n in rows_from},
+            "rows": merge.rows_key(rows),
+            **({"plan": artifact.sha256(plan)} if plan else {}),
+        },
+        recipe={"format": "gguf", "type": kind, "name": name, "max_kl": limits.max_kl, "into": base},
+        versions=artifact.versions_of("gguf", "llama-cpp-python"),
+        rows=rows_from,
+    )
+
+
+def predict(model: Path, section: recipes.Export, name: str) -> Plan:
+    """A plan from the header alone: every weight matters alike, so only its bytes are those of a file; its loss is unknown (NaN)."""
+    fixed, matrices = gguf.matrices(model, name)
+    weights = {key: matrix.shape[0] * matrix.shape[-1] for key, matrix in matrices.items()}
+    total = sum(weights.values())
+    options = {
+        key: tuple(
+            # a bit more makes a rounding error's square a quarter
+            Option(kind.name, matrix.bytes(kind), weights[key] / total * 4.0 ** -ggml.bits(kind))
+            for kind in sensitivity.candidates(matrix.shape[-1])
+        )
+        for key, matrix in matrices.items()
+    }
+    found = Menu(options, fixed).plan(recipes.size_bytes(str(section.max_size)))
+    return Plan(found.types, found.size_bytes, float("nan"))
+
+
+def lines(facts: Mapping[str, Any]) -> list[str]:
+    """What was tried, as text."""
+    found = facts["plan"]
+    return [
+        f"{row['rounding']} rounding: {row['size_bytes'] / 1e6:.2f} MB, KL {row['kl']:.3g} [{row['kl_low']:.3g}, {row['kl_high']:.3g}] "
+        f"({row['predicted_kl']:.3g} predicted), loss {row['loss']:.3f}" + (", kept" if row["rounding"] == found["kept"] else "")
+        for row in found["candidates"]
+    ] + [
+        "predicted frontier (MB: KL): "
+        + ", ".join(
+            f"{p['size_bytes'] / 1e6:.0f}: {p['predicted_kl']:.2g}" for p in found["frontier"][:: max(1, len(found["frontier"]) // 10)]
+        )
+    ]
+
+
+def _planned(menu: Menu, section: recipes.Export) -> Plan:
+    if section.max_size is not None:
+        return menu.plan(recipes.size_bytes(section.max_size))
+    return menu.plan_within(float(section.max_kl or 0.0))
+
+
+def _write(
+    described: Path, name: str, weights: Checkpoint, moments: curvature.Moments, plan: Plan, compensated: bool, place: Path, step: Progress
+) -> Path:
+    """The file of a plan; ModelError when the plan is one of another model."""
+    _, matrices = gguf.matrices(described, name, weights)
+    if strange := set(plan.types) ^ set(matrices):
+        raise ModelError(f"the plan is of another model: {min(strange)} is not in both", "make a plan for this one with --max-size")
+    unknown = next((kind for kind in plan.types.values() if kind not in Type.__members__), None)
+    if unknown:
+        raise ModelError(f"the plan holds the unknown type {unknown!r}", "make a plan with --max-size")
+    kind, importance, tensor_types = _types(plan, matrices, moments.importance())
+    rounding = compensate.Rounding(moments, compensated, _SHRINK)
+    written = gguf.write(described, kind, place, name, step, importance, tensor_types, weights, rounding)
+    return written.rename(place / _file_name(name))
+
+
+def _types(
+    plan: Plan, matrices: Mapping[str, gguf.Matrix], importance: dict[str, np.ndarray]
+) -> tuple[str, dict[str, np.ndarray], list[str]]:
+    """A plan as `gguf.write` takes it: llama.cpp's name of the type that most bytes have, and every tensor's type by hand."""
+    totals: dict[str, int] = {}
+    for key, kind in plan.types.items():
+        totals[kind] = totals.get(kind, 0) + matrices[key].bytes(Type[kind])
+    main = _NAMES.get(Type[max(totals, key=lambda kind: totals[kind])], "f16")
+    return main, importance, [f"^{key.replace('.', '[.]')}$={kind.lower()}" for key, kind in plan.types.items()]
+
+
+def _file_name(name: str) -> str:
+    return f"{name}.gguf"
+
+
+def _torch_model(described: Path, weights: Checkpoint) -> Any:
+    """The model with these weights in float32 on this machine's device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from edgelora.train import load
+
+    model = AutoModelForCausalLM.from_config(gguf.model_config(described), dtype=torch.float32, attn_implementation="sdpa")
+    tensors = {key: torch.from_numpy(weights.rows(key)).reshape(shape) for key, shape in weights.shapes.items()}
+    missing, _ = model.load_state_dict(tensors, strict=False)
+    if left := set(missing) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set()):
+        raise ModelError(f"the model lacks the tensor {min(left)}", "copy or merge the model again")
+    model.tie_weights()
+    return model.to(load.device()).eval()
+
+
+def _part(progress: Progress, done: float, part: float) -> Progress:
+    return lambda share, text: progress(done + part * share, text)

@@ -1,0 +1,161 @@
+"""Export to a size: the file keeps it to the byte, is what was planned, and the best of what was really measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoConfig
+
+from edgelora import artifact, tuned
+from edgelora import recipe as recipes
+from edgelora.artifact import Artifact
+from edgelora.data.chat import Encoded
+from edgelora.errors import ModelError, Unsupported, UsageError
+from edgelora.export import budget, gguf
+from edgelora.gguf_header import read_header
+from tests.tiny_models import tiny_model
+
+
+def quiet(share: float, what: str) -> None:
+    assert 0 <= share <= 1.0001
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("budget") / "model", hidden_size=128, intermediate_size=256)
+
+
+def rows(model: Path, count: int, seed: int) -> list[Encoded]:
+    words = np.random.default_rng(seed).integers(3, AutoConfig.from_pretrained(model).vocab_size, (count, 24)).tolist()
+    return [Encoded(tuple(ids), (False,) * 8 + (True,) * 16) for ids in words]
+
+
+def made(model: Path, out: Path, section: recipes.Export, plan: Path | None = None, kl: float = 5.0) -> Artifact:
+    known = budget.measure(tuned.plain(model, "key"), "16bit", rows(model, 24, 0), "tiny", out, "", quiet)
+    return budget.export(
+        tuned.plain(model, "key"),
+        section,
+        name="tiny",
+        known=known,
+        rows=rows(model, 12, 1),
+        rows_from={"valid": "select"},
+        limits=recipes.Evaluate(verify_rows=4, max_kl=kl),
+        threads=1,
+        out=out,
+        plan=plan,
+        progress=quiet,
+    )
+
+
+def size_of(model: Path, kind: str) -> int:
+    return gguf.predict_bytes(model, kind, "tiny")
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    middle = (size_of(model, "q4_0") + size_of(model, "q8_0")) // 2
+    return made(model, tmp_path_factory.mktemp("made"), recipes.Export("gguf", max_size=f"{middle}B"))
+
+
+def test_the_file_keeps_its_size_and_is_what_was_planned(model: Path, exported: Artifact) -> None:
+    file = exported.path / str(exported.facts["file"])
+    middle = (size_of(model, "q4_0") + size_of(model, "q8_0")) // 2
+    assert file.stat().st_size == exported.facts["predicted_bytes"] == exported.facts["size_bytes"]
+    assert 0.97 * middle < file.stat().st_size <= middle
+    planned = json.loads((exported.path / budget.PLAN).read_text())["types"]
+    written = {tensor.name: tensor.type for tensor in read_header(file).tensors}
+    assert planned.items() <= written.items()
+    assert all(written[name] == "F32" for name in written.keys() - planned.keys())
+    assert len(set(planned.values())) > 1
+
+
+def test_the_better_of_the_measured_files_is_kept(exported: Artifact) -> None:
+    tried = exported.facts["plan"]["candidates"]
+    kept = next(row for row in tried if row["rounding"] == exported.facts["plan"]["kept"])
+    assert {row["rounding"] for row in tried} == {"compensated", "nearest"}
+    assert kept["kl"] == min(row["kl"] for row in tried)
+    assert exported.facts["kl"] < 2 * kept["kl"]  # on the first rows alone
+
+
+def test_predictions_are_near_what_was_measured(exported: Artifact) -> None:
+    for row in exported.facts["plan"]["candidates"]:
+        assert 0.4 < row["kl"] / row["predicted_kl"] < 2.5
+
+
+def test_the_frontier_falls_from_the_smallest_to_the_largest(exported: Artifact) -> None:
+    points = exported.facts["plan"]["frontier"]
+    sizes, losses = [p["size_bytes"] for p in points], [p["predicted_kl"] for p in points]
+    assert sizes == sorted(sizes)
+    assert losses == sorted(losses, reverse=True)
+    assert len(points) > 5
+
+
+def test_a_plan_is_used_again_without_comparing(model: Path, exported: Artifact) -> None:
+    again = made(model, exported.path.parent, recipes.Export("gguf", max_size="1GB"), plan=exported.path / budget.PLAN)
+    assert len(again.facts["plan"]["candidates"]) == 1
+    assert artifact.sha256(again.path / str(again.facts["file"])) == artifact.sha256(exported.path / str(exported.facts["file"]))
+
+
+def test_what_cannot_be_reached_names_what_can(model: Path, exported: Artifact) -> None:
+    with pytest.raises(Unsupported) as caught:
+        made(model, exported.path.parent, recipes.Export("gguf", max_size="10kB"))
+    smallest = budget.menus(budget.measure(tuned.plain(model, "key"), "16bit", rows(model, 24, 0), "tiny", exported.path.parent, "", quiet))
+    assert f"({smallest['compensated'].smallest().size_bytes} bytes)" in caught.value.message
+    assert "vocabulary" in caught.value.hint
+
+
+def test_a_loss_instead_of_a_size(model: Path, exported: Artifact) -> None:
+    wanted = 0.8 * min(row["predicted_kl"] for row in exported.facts["plan"]["candidates"])
+    found = made(model, exported.path.parent, recipes.Export("gguf", max_kl=wanted))
+    assert all(row["predicted_kl"] <= wanted for row in found.facts["plan"]["candidates"])
+    assert exported.facts["size_bytes"] < found.facts["size_bytes"] < size_of(model, "f16")
+    with pytest.raises(Unsupported, match="cannot be reached: the best plan has"):
+        made(model, exported.path.parent, recipes.Export("gguf", max_kl=1e-12))
+
+
+def test_a_dry_run_reads_headers_alone_and_keeps_the_size(model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in model.iterdir():
+        (bare / file.name).write_bytes(file.read_bytes())
+    limit = size_of(model, "q5_0")
+    plan = budget.predict(bare, recipes.Export("gguf", max_size=f"{limit}B"), "tiny")
+    assert 0.95 * limit < plan.size_bytes <= limit
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1, "types": {"a": 3}}', '{"schema": 2, "types": {}}', "[" * 100_000])
+def test_a_file_that_is_no_plan_is_refused(model: Path, exported: Artifact, tmp_path: Path, text: str) -> None:
+    broken = tmp_path / "plan.json"
+    broken.write_text(text)
+    with pytest.raises(ModelError, match=r"plan\.json is not a size plan"):
+        made(model, exported.path.parent, recipes.Export("gguf", max_size="1GB"), plan=broken)
+
+
+def test_a_plan_of_another_model_is_refused(model: Path, exported: Artifact, tmp_path: Path) -> None:
+    values = json.loads((exported.path / budget.PLAN).read_text())
+    values["types"].pop("blk.0.attn_q.weight")
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"another model: blk\.0\.attn_q\.weight"):
+        made(model, exported.path.parent, recipes.Export("gguf", max_size="1GB"), plan=other)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        recipes.Export("onnx", max_size="1MB"),
+        recipes.Export("gguf", "q4_0", max_size="1MB"),
+        recipes.Export("gguf", max_size="1MB", max_kl=0.1),
+    ],
+)
+def test_contradictions_are_refused(section: recipes.Export) -> None:
+    assert recipes.budget_problem(section)
+
+
+def test_a_recipe_with_a_strange_size_is_refused() -> None:
+    values = {"name": "x", "base": "b", "data": {"train": "t.csv"}, "exports": [{"format": "gguf", "max_size": "90 apples"}]}
+    with pytest.raises(UsageError, match="max_size: '90 apples' is not a size"):
+        recipes.parse(values)
