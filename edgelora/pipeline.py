@@ -69,6 +69,10 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
     written = replace(model, folder=merged.path, key=merged.key) if merged else model
     pairs = []
     for number, (section, module) in enumerate(zip(recipe.exports, modules, strict=True)):
+        if section.planned:
+            within = _within(progress, number / len(recipe.exports), 1 / len(recipe.exports))
+            pairs.append(_planned(recipe, base, model, section, dataset, rows, out, within))
+            continue
         made: list[Artifact] = []
         # what an adapter file is compared with is the base alone
         before = replace(section, format="gguf") if module.APART else section
@@ -103,6 +107,55 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
     document["checks"] = [verdict.as_row() for verdict in verdicts]
     files = reports.write(document, out)
     return Result(out, files["html"], tuple(exports.exported_path(after) for _, after in pairs), tuple(verdicts), document)
+
+
+def _planned(
+    recipe: recipes.Recipe,
+    base: models.Base,
+    model: tuned.Tuned,
+    section: recipes.Export,
+    dataset: Dataset,
+    rows: Sequence[chat.Encoded],
+    out: Path,
+    progress: Callable[[float, str], None],
+) -> tuple[Artifact, Artifact]:
+    """The untuned base and the tuned model within a budget: planned for the tuned one, the same types for the base beside it."""
+    from edgelora.export import budget
+
+    training = importance.spread(
+        chat.encode_all(models.open_tokenizer(base.folder), dataset.train, recipe.train.max_tokens), recipe.importance.plan_rows
+    )
+    known = budget.measure(
+        model,
+        budget.merged_into(model, recipe.merge.base),
+        [ids for _, ids in training],
+        recipe.name,
+        out,
+        "",
+        lambda s, t: progress(0.5 * s, t),
+    )
+    made: list[Artifact] = []
+    for source, prefix in ((model, ""), (tuned.plain(base.folder, base.key), "base-")):
+        done = 0.5 + 0.25 * len(made)
+        made.append(
+            budget.export(
+                source,
+                section,
+                name=f"{prefix}{recipe.name}",
+                known=known,
+                rows=rows,
+                rows_from={"valid": "select"},
+                merge_base=recipe.merge.base,
+                limits=recipe.evaluate,
+                threads=threads(recipe),
+                out=out,
+                prefix=prefix,
+                plan=made[0].path / budget.PLAN if made else None,
+                origin=beside.origin(replace(source, name=base.name), _data_licence(recipe), recipe.data.attribution),
+                progress=lambda share, text, done=done: progress(done + 0.25 * share, text),  # type: ignore[misc]
+            )
+        )
+    return made[1], made[0]
 
 
 def _importance(

@@ -26,7 +26,14 @@ def plan(recipe: recipes.Recipe) -> dict[str, Any]:
         size, mixture = exports.predict(base.folder, section, recipe.name)
         if exports.format_module(section.format).APART:
             size += 2 * trained  # the adapter, in 16 bits, beside its base
-        files.append({"format": section.format, "type": section.type, "size_bytes": size, **({"weights": mixture} if mixture else {})})
+        files.append(
+            {
+                "format": section.format,
+                "type": section.type or budget_words(section),
+                "size_bytes": size,
+                **({"weights": mixture} if mixture else {}),
+            }
+        )
     return {
         "name": recipe.name,
         "base": base.name,
@@ -42,6 +49,13 @@ def plan(recipe: recipes.Recipe) -> dict[str, Any]:
         "available_memory_bytes": machine.available_memory_bytes(),
         "files": files,
     }
+
+
+def budget_words(section: recipes.Export) -> str:
+    """What stands for the type of a file whose types a plan will choose; its size here is that of a plan without data."""
+    if section.max_size is not None:
+        return f"within {section.max_size} (types chosen on training rows; here as if every weight mattered alike)"
+    return f"with a KL of at most {section.max_kl} (size known once it is measured; here the largest)"
 
 
 def file_lines(row: dict[str, Any]) -> list[str]:

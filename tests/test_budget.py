@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from transformers import AutoConfig
 
-from edgelora import artifact, tuned
+from edgelora import artifact, pipeline, tuned
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
+from edgelora.cli import cli
 from edgelora.data.chat import Encoded
 from edgelora.errors import ModelError, Unsupported, UsageError
 from edgelora.export import budget, gguf
@@ -122,8 +125,34 @@ def test_a_dry_run_reads_headers_alone_and_keeps_the_size(model: Path, tmp_path:
     for file in model.iterdir():
         (bare / file.name).write_bytes(file.read_bytes())
     limit = size_of(model, "q5_0")
-    plan = budget.predict(bare, recipes.Export("gguf", max_size=f"{limit}B"), "tiny")
-    assert 0.95 * limit < plan.size_bytes <= limit
+    size, mixture = budget.predict(bare, recipes.Export("gguf", max_size=f"{limit}B"), "tiny")
+    assert 0.95 * limit < size <= limit
+    assert sum(mixture["types"].values()) == 22
+
+
+def test_the_command_line_plans_and_uses_a_plan_again(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"question": f"What is {n}?", "answer": f"It is number {n}."}) + "\n" for n in range(12)))
+    limit = size_of(model, "q5_0") + 100
+    common = ["export", str(model), "--format", "gguf", "--name", "tiny", "--threads", "1", "--json"]
+    first = run([*common, "--max-size", f"{limit}B", "--rows", str(data), "--out", str(tmp_path / "a")])
+    assert first["size_bytes"] == Path(first["path"]).stat().st_size <= limit
+    plan = Path(first["path"]).parent / budget.PLAN
+    again = run([*common, "--plan", str(plan), "--rows", str(data), "--out", str(tmp_path / "a")])
+    assert Path(again["path"]).read_bytes() == Path(first["path"]).read_bytes()
+    dry = run([*common, "--max-size", f"{limit}B", "--dry-run"])
+    assert 0.9 * limit < dry["predicted_bytes"] <= limit
+    with pytest.raises(Unsupported, match=r"0\.0 MB cannot be reached: the smallest file is .* MB \(\d+ bytes\)$"):
+        run([*common, "--max-size", "20kB", "--dry-run"])
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """One command's JSON document."""
+    result = CliRunner().invoke(cli, arguments)
+    if result.exception:
+        raise result.exception
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1, "types": {"a": 3}}', '{"schema": 2, "types": {}}', "[" * 100_000])
@@ -159,3 +188,19 @@ def test_a_recipe_with_a_strange_size_is_refused() -> None:
     values = {"name": "x", "base": "b", "data": {"train": "t.csv"}, "exports": [{"format": "gguf", "max_size": "90 apples"}]}
     with pytest.raises(UsageError, match="max_size: '90 apples' is not a size"):
         recipes.parse(values)
+
+
+def test_a_run_plans_on_training_rows_and_gives_the_untuned_base_the_same_types(tiny_recipe: Path, tiny_base: Path, tmp_path: Path) -> None:
+    limit = gguf.predict_bytes(tiny_base, "q5_0", "tiny")
+    text = tiny_recipe.read_text().replace("{format: gguf, type: q8_0}", f"{{format: gguf, max_size: {limit}B}}")
+    tiny_recipe.write_text(text.replace("  - {format: onnx, type: int8}\n", ""))
+    result = pipeline.run(recipes.load(tiny_recipe, [f"out={tmp_path / 'out'}"]), lambda stage, share, what: None)
+    (file,) = result.exports
+    assert file.stat().st_size <= limit
+    before = next((tmp_path / "out").glob("base-gguf-*/*.gguf"))
+    types = [[(t.name, t.type) for t in read_header(path).tensors] for path in (file, before)]
+    assert types[0] == types[1]
+    made = artifact.load(file.parent)
+    assert made.rows == {"valid": "select"}
+    assert artifact.load(next((tmp_path / "out").glob("curvature-*"))).rows == {"train": "train"}
+    assert result.document["files"][0]["plan"]["frontier"]

@@ -182,6 +182,11 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
     metavar="PATTERN=TYPE",
     help="Another type for some tensors, e.g. ffn_down=q6_k. Repeatable.",
 )
+@click.option("--max-size", metavar="SIZE", help="Instead of a type: the best type for every tensor within that size, e.g. 90MB (GGUF).")
+@click.option(
+    "--max-kl", type=float, help="Instead of a type: the smallest file predicted to stay that close to the model, nats a token (GGUF)."
+)
+@click.option("--plan", "plan_", type=PATH, help="Types of an earlier --max-size export: its plan.json. Nothing is compared again.")
 @click.option("--imatrix", type=PATH, help="Importance matrix (GGUF); default the one that `edgelora run` measured on this model, if any.")
 @click.option("--rows", type=PATH, help="Rows (question, answer) on which the file is compared with the model; default texts of our own.")
 @click.option("--name", help="Name of the file; default that of the model's folder.")
@@ -197,6 +202,9 @@ def export(
     format_: str,
     type_: str | None,
     tensor_types: tuple[str, ...],
+    max_size: str | None,
+    max_kl: float | None,
+    plan_: Path | None,
     imatrix: Path | None,
     rows: Path | None,
     name: str | None,
@@ -217,10 +225,16 @@ def export(
     from edgelora import recipe as recipes
     from edgelora.export import beside, samples
     from edgelora.export import stage as exports
-    from edgelora.quant import importance
+    from edgelora.quant import importance, size_plan
     from edgelora.runtime import runtime
 
-    section = exports.resolve(recipes.Export(format_, type_, bool(imatrix) or None, tensor_types))
+    if plan_ and not (max_size or max_kl):
+        max_size = f"{size_plan.read_plan(plan_)[0].size_bytes}B"
+    section = exports.resolve(recipes.Export(format_, type_, bool(imatrix) or None, tensor_types, max_size, max_kl))
+    if imatrix and section.planned:
+        raise UsageError(
+            "--imatrix and a budget exclude one another: a plan measures more than an importance matrix holds", "leave one out"
+        )
     module = exports.format_module(format_)
     if into and not adapter:
         raise UsageError("--base says where an adapter goes", "name the adapter too: --adapter DIR")
@@ -236,8 +250,9 @@ def export(
         folder = model if model.is_dir() else models.open_base(str(model), Path(), target).folder
         measured_before = any(target.glob("importance-*"))
         predicted, mixture = exports.predict(folder, section, name or folder.absolute().name, measured=bool(imatrix) or measured_before)
-        row = {"format": format_, "type": section.type, "size_bytes": predicted, "weights": mixture}
-        echo.result({"type": section.type, "predicted_bytes": predicted, "weights": mixture}, *plan.file_lines(row))
+        words = section.type or plan.budget_words(section)
+        row = {"format": format_, "type": words, "size_bytes": predicted, "weights": mixture}
+        echo.result({"type": words, "predicted_bytes": predicted, "weights": mixture}, *plan.file_lines(row))
         return
     calm_libraries()
     doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
@@ -245,11 +260,47 @@ def export(
         base = models.open_base(str(model) if adapter else str(model.absolute()), Path(), target)
         source = tuned.tuned(base, str(model), made, made.recipe.get("system"), ()) if adapter else tuned.plain(model, base.key)
         encoded, rows_from = samples.rows(base.folder, rows, source.system)
+        called = name or (base.name if adapter else model.absolute().name)
+        origin = beside.origin(replace(source, name=base.name) if adapter else source, **(made.facts.get("data", {}) if adapter else {}))
+        if section.planned:
+            from edgelora.export import budget
+
+            wish = into or source.held
+            known = budget.find(target, source.key) or budget.measure(
+                source,
+                budget.merged_into(source, wish),
+                encoded[::2],
+                called,
+                target,
+                "",
+                lambda share, text: progress("curvature", share, text),
+            )
+            done = budget.export(
+                source,
+                section,
+                name=called,
+                known=known,
+                rows=encoded[1::2],
+                rows_from=rows_from,
+                merge_base=wish,
+                limits=recipes.Evaluate(),
+                threads=threads or machine.cores(),
+                out=target,
+                plan=plan_,
+                origin=origin,
+                progress=lambda share, text: progress("export", share, text),
+            )
+            facts, path = done.facts, exports.exported_path(done)
+            notes = lines.file(facts) + budget.lines(facts)
+            if not rows:
+                notes.append("note: planned on a few texts of our own; with --rows FILE it is planned on yours")
+            echo.result({"path": str(path), **facts}, *notes, f"plan: {done.path / budget.PLAN}", f"file: {path}")
+            return
         measured = None if imatrix or not exports.weighed(source.base, section) else importance.find(target, source.key)
         done = exports.export(
             source,
             section,
-            name=name or (base.name if adapter else model.absolute().name),
+            name=called,
             rows=encoded,
             rows_from=rows_from,
             merge_base=into or ("auto" if rows else source.held),
@@ -257,7 +308,7 @@ def export(
             threads=threads or machine.cores(),
             out=target,
             importance=imatrix or (measured.path / importance.FILE if measured else None),
-            origin=beside.origin(replace(source, name=base.name) if adapter else source, **(made.facts.get("data", {}) if adapter else {})),
+            origin=origin,
             progress=lambda share, text: progress("export", share, text),
         )
     facts, path = done.facts, exports.exported_path(done)

@@ -7,6 +7,7 @@ in the runtime of their users, on rows that choose. Rows that report are never s
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -211,21 +212,25 @@ def export(
     )
 
 
-def predict(model: Path, section: recipes.Export, name: str) -> Plan:
-    """A plan from the header alone: every weight matters alike, so only its bytes are those of a file; its loss is unknown (NaN)."""
+def predict(model: Path, section: recipes.Export, name: str) -> tuple[int, dict[str, Any]]:
+    """The bytes of a plan made from the header alone, as if every weight mattered alike, and what its matrices would be.
+
+    The real plan knows which matter and keeps the same limit. For max_kl, which says nothing about bytes, the largest plan.
+    """
     fixed, matrices = gguf.matrices(model, name)
-    weights = {key: matrix.shape[0] * matrix.shape[-1] for key, matrix in matrices.items()}
-    total = sum(weights.values())
+    weights = {key: math.prod(matrix.shape) for key, matrix in matrices.items()}
     options = {
         key: tuple(
             # a bit more makes a rounding error's square a quarter
-            Option(kind.name, matrix.bytes(kind), weights[key] / total * 4.0 ** -ggml.bits(kind))
+            Option(kind.name, matrix.bytes(kind), weights[key] / sum(weights.values()) * 4.0 ** -ggml.bits(kind))
             for kind in sensitivity.candidates(matrix.shape[-1])
         )
         for key, matrix in matrices.items()
     }
-    found = Menu(options, fixed).plan(recipes.size_bytes(str(section.max_size)))
-    return Plan(found.types, found.size_bytes, float("nan"))
+    menu = Menu(options, fixed, measured=False)
+    plan = menu.plan(recipes.size_bytes(section.max_size) if section.max_size is not None else menu.frontier()[-1].size_bytes)
+    kind, importance, tensor_types = _types(plan, matrices, {})
+    return plan.size_bytes, gguf.mixture(model, kind, importance, tensor_types)
 
 
 def lines(facts: Mapping[str, Any]) -> list[str]:

@@ -36,6 +36,10 @@ def resolve(section: recipes.Export) -> recipes.Export:
     import difflib
 
     module = format_module(section.format)
+    if problem := recipes.budget_problem(section):
+        raise UsageError(problem, "see `edgelora export --help`")
+    if section.planned:
+        return section
     kind = section.type or module.DEFAULT_TYPE
     if kind not in module.TYPES:
         near = difflib.get_close_matches(kind, module.TYPES, n=1)
@@ -56,7 +60,7 @@ def weighed(model: Path, section: recipes.Export) -> bool:
     """
     section = resolve(section)
     module = format_module(section.format)
-    if "importance" not in module.OPTIONS or section.importance is False:
+    if "importance" not in module.OPTIONS or section.importance is False or section.planned:
         return False
     gains = bool(module.gains_from_importance(model, str(section.type), section.tensor_types))
     if section.importance and not gains:
@@ -71,6 +75,10 @@ def predict(model: Path, section: recipes.Export, name: str, measured: bool = Tr
     """
     section = resolve(section)
     module = format_module(section.format)
+    if section.planned:
+        from edgelora.export import budget
+
+        return budget.predict(model, section, name)
     options = _options(module, section, {} if measured and weighed(model, section) else None)
     mixture = module.mixture(model, str(section.type), **options) if module.OPTIONS else {}
     return module.predict_bytes(model, str(section.type), name, **options), mixture

@@ -46,6 +46,7 @@ class Menu:
 
     options: Mapping[str, tuple[Option, ...]]
     fixed_bytes: int
+    measured: bool = True  # whether costs are losses; else they only tell better from worse
 
     def plan(self, max_bytes: int) -> Plan:
         """The plan of least predicted loss within `max_bytes`; Unsupported names the smallest size when nothing fits."""
@@ -53,9 +54,11 @@ class Menu:
             return self._plan(self._frontier.choose(max_bytes - self.fixed_bytes))
         except ValueError:
             smallest = self.smallest()
+            # without data a cost is no loss
+            smallest_loss = f", with a predicted KL of {smallest.kl:.2g} nats a token" if self.measured else ""
             raise Unsupported(
                 f"{max_bytes / 1e6:.1f} MB cannot be reached: the smallest file is {smallest.size_bytes / 1e6:.1f} MB "
-                f"({smallest.size_bytes} bytes), with a predicted KL of {smallest.kl:.2g} nats a token",
+                f"({smallest.size_bytes} bytes){smallest_loss}",
                 f"ask for that or more, take a smaller base, or trim its vocabulary: {self._largest_share()}",
             ) from None
 
