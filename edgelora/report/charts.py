@@ -164,6 +164,28 @@ def _curves(doc: Doc) -> Markup:
     return _figure("Loss during training", legend, plot.curves(series, "step", "loss, nats a token"))
 
 
+def frontiers(doc: Doc) -> list[Markup]:
+    """Of every file that was planned: what sizes near its own would cost, predicted, and what the written candidates really cost."""
+    figures = []
+    for row in tables.rows(doc, "files"):
+        size, plan = row.get("size_bytes"), tables.section(row, "plan")
+        if not f.known(size):
+            continue
+        lines = []
+        for name, section, key in (("predicted", "frontier", "predicted_kl"), ("measured", "candidates", "kl")):
+            points = [
+                (p["size_bytes"] / 1e6, p[key]) for p in tables.rows(plan, section) if f.known(p.get("size_bytes")) and f.known(p.get(key))
+            ]
+            near = sorted((x, y) for x, y in points if abs(x * 1e6 - size) < 0.3 * size)
+            if near:
+                lines.append((name, near))
+        if lines:
+            legend = [_key(_colour(i), name) for i, (name, _) in enumerate(lines)]
+            title = f"What another size would cost: {row.get('file') or 'file'}"
+            figures.append(_figure(title, legend, plot.curves(lines, _SIZE, _KL, at="MB")))
+    return figures
+
+
 def _sizes(doc: Doc) -> Markup:
     """A bar each file, a dashed line where its size was predicted, and the 16-bit model to compare with."""
     series, wide = colours(doc), tables.sixteen_bit_bytes(doc)

@@ -47,6 +47,7 @@ def _report(doc: Mapping[str, Any]) -> list[Markup]:
             charts.training_and_files(doc),
             _table(tables.files(doc)),
         ),
+        _section("Size against loss", *charts.frontiers(doc)),
         _section("Where the MB go", _beside(charts.anatomy(doc), _table(tables.anatomy(doc)))),
         _section("Loss before and after" if _has_before(doc) else "Loss", *_losses(doc), _table(tables.accuracy(doc))),
         _section(_speed_title(doc), charts.latency(doc), _table(tables.bench(doc))),
