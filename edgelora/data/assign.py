@@ -25,6 +25,7 @@ class Index:
     line: array[int] = field(default_factory=lambda: array("Q"))
     group: array[int] = field(default_factory=lambda: array("Q"))
     question: array[int] = field(default_factory=lambda: array("Q"))
+    answer: array[int] = field(default_factory=lambda: array("Q"))
     pair: array[int] = field(default_factory=lambda: array("Q"))
     raw: array[int] = field(default_factory=lambda: array("Q"))
     elsewhere: array[int] = field(default_factory=lambda: array("Q"))
@@ -129,5 +130,5 @@ def contradictions(index: Index, assigned: Assigned, sets: Sequence[str] = ("tra
     by_question: dict[int, dict[int, int]] = {}
     for row in range(len(index)):
         if assigned.home[row] in wanted:
-            by_question.setdefault(index.question[row], {}).setdefault(index.pair[row], row)
+            by_question.setdefault(index.question[row], {}).setdefault(index.answer[row], row)
     return [sorted(rows.values()) for rows in by_question.values() if len(rows) > 1]

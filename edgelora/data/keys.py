@@ -20,12 +20,13 @@ _END = " .,!?;:。、！？．，…"
 class Keys(NamedTuple):
     """Of one row, as unsigned 64-bit numbers. `group` decides the set.
 
-    `question` is the whole question under version 1; `pair` question and answer, whatever case, width and last punctuation;
-    `raw` the row as it stands. `elsewhere`: what the group is called in other files, where a file's own identifiers mean nothing.
+    `question` is the whole question under version 1; `answer` the answer, and `pair` it with the question, whatever case,
+    width and last punctuation; `raw` the row as it stands. `elsewhere`: what the group is called in other files, where a file's own identifiers mean nothing.
     """
 
     group: int
     question: int
+    answer: int
     pair: int
     raw: int
     elsewhere: int
@@ -34,10 +35,12 @@ class Keys(NamedTuple):
 def keys(row: Row) -> Keys:
     question = _short(question_key(row.question))
     group = question if row.group is None else _short(group_key(row))
+    answer = _plain(row.answer)
     return Keys(
         group=group,
         question=question,
-        pair=_number(f"{_plain(row.question)}\0{_plain(row.answer)}"),
+        answer=_number(answer),
+        pair=_number(f"{_plain(row.question)}\0{answer}"),
         raw=_number("\0".join(f"{role}\0{content}" for role, content in row.messages)),
         elsewhere=question if row.group is None or row.group.startswith("conversation:") else group,
     )
