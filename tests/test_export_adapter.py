@@ -24,9 +24,8 @@ from edgelora.runtime import llama_cpp
 from edgelora.runtime.torch_reference import TorchSession
 from edgelora.train import load
 from edgelora.tuned import Tuned, tuned
-from tests.line import CHAT_ROWS, Line, damaged, edgelora, finished_folders, kill, start
+from tests.line import CHAT_ROWS, Line, edgelora, finished_folders
 from tests.test_reference import rows_for
-from tests.test_robustness import wait_for
 from tests.test_weights import adapter_for
 from tests.tiny_models import tiny_model
 
@@ -77,30 +76,6 @@ def test_the_command_measures_both_merges(finished: Line, tiny_base: Path, tmp_p
         single = edgelora(*line, "--rows", rows, "--base", into, "--name", into, "--json", cwd=tmp_path).document
         assert "merge" not in single
         assert (into == made["merge"]["kept"]) is (single["loss"] == made["loss"])
-
-
-def test_killed_at_any_moment_it_leaves_no_file_under_the_final_name(finished: Line, tiny_base: Path, tmp_path: Path) -> None:
-    line = ("export", tiny_base, "--adapter", finished.one("adapter-*"), "--format", "gguf", "--type", "q8_0", "--threads", 1)
-    line += ("--rows", finished.folder / "rows.jsonl", "--out", "out")
-    out, seen = tmp_path / "out", set()
-    for looked_for in (
-        ".gguf-*",
-        ".gguf-*/.scratch/nf4/.*.partial",
-        ".gguf-*/.scratch/nf4/*.gguf",
-        ".gguf-*/.scratch/16bit/*.gguf",
-        ".gguf-*/*.gguf",
-    ):
-        process = start(*line, cwd=tmp_path, said=tmp_path)
-        wait_for(lambda looked_for=looked_for: list(out.glob(looked_for)) or list(out.glob("gguf-*")))  # type: ignore[misc]
-        kill(process)
-        seen |= {path.name.rpartition(".")[2] for path in out.glob(".gguf-*/.scratch/*/*")}
-        assert damaged(out) == []
-        if finished_folders(out):
-            break  # the machine was busy and it had ended
-    assert seen  # it was killed while it wrote
-    made = edgelora(*line, "--json", cwd=tmp_path).document
-    assert (tmp_path / made["path"]).stat().st_size == made["size_bytes"]
-    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == [".lock"]
 
 
 def test_the_run_says_which_merge_each_file_has(finished: Line) -> None:

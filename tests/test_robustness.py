@@ -167,7 +167,6 @@ def test_a_full_disk_stops_every_stage_cleanly(disk: Disk, tiny_base: Path, tmp_
         (64 << 10, ("finetune", "tiny.yaml", "--out", "disk/out")),
         (100 << 10, ("merge", "disk/out/{adapter}", "--recipe", "tiny.yaml")),
         (64 << 10, ("export", "disk/out/{model}", "--format", "gguf", "--type", "q8_0", "--threads", 1)),
-        (64 << 10, ("export", tiny_base, "--adapter", "disk/out/{adapter}", "--format", "gguf", "--type", "q8_0", "--threads", 1)),
         (200 << 10, ("export", "disk/out/{model}", "--format", "onnx", "--type", "int8", "--threads", 1)),
     ]
     for room, line in stages:
