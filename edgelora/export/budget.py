@@ -33,7 +33,7 @@ Progress = Callable[[float, str], None]
 
 PLAN = "plan.json"
 _MOMENTS, _MENUS = "moments.safetensors", "menus.json"
-_SHRINK = 0.05  # of the correlations between inputs, which are estimates
+_SHRINK = 0.2  # of the correlations between inputs, estimated from few rows; less lets feedback overshoot the blocks (bench/NOTES.md)
 _ROUNDINGS = {"compensated": True, "nearest": False}
 # A file is named in llama.cpp's header after the type that most of its bytes have.
 _NAMES = {
