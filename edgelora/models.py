@@ -38,12 +38,13 @@ _PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on this disk: a Hugging Face folder, the key of its content, its name, and the GGUF it came from."""
+    """A base model on this disk: a Hugging Face folder, the key of its content, its name, the GGUF it came from, and the adapter to begin with."""
 
     folder: Path
     key: str
     name: str
     gguf: Path | None = None
+    start: Path | None = None  # of PiSSA: the part taken out of it, see edgelora/train/pissa.py
 
 
 def find(reference: str, folder: Path) -> Path | str:

@@ -56,10 +56,12 @@ def run(recipe: recipes.Recipe, progress: Progress) -> Result:
 
 def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Path, progress: Progress) -> Result:
     from edgelora.merge import merge
+    from edgelora.train import pissa
     from edgelora.train.finetune import finetune
 
-    adapter = finetune(recipe, base, dataset, out, lambda share, text: progress("fine-tune", share, text))
-    model = tuned.tuned(base, recipe.base, adapter, recipe.data.system, dataset.labels if recipe.data.task == "classify" else ())
+    start = pissa.start(recipe, base, out, lambda share, text: progress("decompose", share, text))
+    adapter = finetune(recipe, start, dataset, out, lambda share, text: progress("fine-tune", share, text))
+    model = tuned.tuned(start, recipe.base, adapter, recipe.data.system, dataset.labels if recipe.data.task == "classify" else ())
     rows = selecting_rows(recipe, base.folder, dataset)
     merged, modules = None, [exports.format_module(section.format) for section in recipe.exports]
     if not all(module.MERGES for module in modules):

@@ -9,7 +9,7 @@ from edgelora import recipe as recipes
 from edgelora.data import chat, split
 from edgelora.export import remarks
 from edgelora.export import stage as exports
-from edgelora.train import estimate
+from edgelora.train import adapter, estimate
 
 
 def plan(recipe: recipes.Recipe) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def plan(recipe: recipes.Recipe) -> dict[str, Any]:
     rows = [ids for _, ids in chat.encode_all(tokenizer, dataset.train, recipe.train.max_tokens)]
     lengths = [len(row.ids) for row in rows]
     total = models.parameter_count(base.folder)
-    trained = estimate.adapter_parameters(base.folder, recipe.train)
+    trained = adapter.parameters(models.shapes(base.folder), recipe.train)
     files = []
     for section in (exports.resolve(section) for section in recipe.exports):
         size, mixture = exports.predict(base.folder, section, recipe.name)

@@ -91,11 +91,13 @@ class Train:
     """LoRA: W' = W + (alpha / r) B A, trained on a frozen base (`qlora`: held in 4-bit NF4)."""
 
     method: Literal["qlora", "lora"] = "qlora"
+    variant: Literal["plain", "rslora", "dora", "pissa"] = "plain"  # see edgelora/train/adapter.py
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     lr: float = 2e-4
+    lora_plus: float | None = None  # learning rate of B, in multiples of `lr` (LoRA+; 2 to 16 is usual). None: the same
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.05  # share of all steps
     epochs: float = 3.0
@@ -280,6 +282,12 @@ def _limits(recipe: Recipe) -> list[str]:
     rules = [
         (re.fullmatch(r"[\w.-]+", recipe.name) is not None, f"name: {recipe.name!r} should be letters, digits, '.', '_' or '-'"),
         (train.r >= 1, f"train.r: {train.r} should be 1 or more (8 to 64 is usual)"),
+        (bool(train.targets), "train.targets: should name at least one layer, or be all-linear"),
+        (train.lora_plus is None or train.lora_plus >= 1, f"train.lora_plus: {train.lora_plus} should be 1 or more (2 to 16 is usual)"),
+        (
+            train.method == "qlora" or recipe.merge.base != "nf4",
+            "merge.base: nf4 is what method qlora trains on; with method lora write auto or 16bit",
+        ),
         (train.alpha > 0, f"train.alpha: {train.alpha} should be above 0 (r or 2 r is usual)"),
         (0 <= train.dropout < 1, f"train.dropout: {train.dropout} should be at least 0 and below 1"),
         (train.lr > 0, f"train.lr: {train.lr} should be above 0 (1e-4 to 5e-4 is usual)"),

@@ -30,7 +30,7 @@ _SHARD_BYTES = 4 << 30
 _BLOCK = 64  # of NF4, bitsandbytes' default
 _LINEAR = re.compile(r".*\.layers\.\d+\..*_proj\.weight")  # what training holds in 4 bits: not the embedding, not the head
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_LORA = re.compile(r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|(magnitude)_vector)")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ class Base(Checkpoint):
 class Merged(Base):
     """W' = W + (alpha / r) B A, with W the base's own weights (`into` "16bit") or their NF4 form written out ("nf4").
 
+    DoRA then gives every row of W' the length that it learnt.
+
     `adapter` is a folder in PEFT's format. Raises ModelError for one that holds anything but plain LoRA on matrices
     of this base.
     """
@@ -137,8 +139,10 @@ class Merged(Base):
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
         values = super().rows(name, first, last)
         if name in self.low_rank:
-            b, a = self.low_rank[name]
+            b, a, lengths = self.low_rank[name]
             values += b[first:last] @ a
+            if lengths is not None:
+                values *= (lengths[first:last] / np.linalg.norm(values, axis=1))[:, None]
         return values
 
 
@@ -232,14 +236,14 @@ def _bfloat16(values: np.ndarray) -> bytes:
     return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy().tobytes()
 
 
-def low_rank(adapter: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Weight name -> (scaled B, A), float32, shapes (rows, r) and (r, columns)."""
+def low_rank(adapter: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Weight name -> (scaled B, A, DoRA's magnitudes or None), float32, shapes (rows, r), (r, columns) and (rows,)."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         kind = config["peft_type"]
-        strange = [key for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
+        strange = [key for key in ("fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
         alpha = float(config["lora_alpha"])
-        rooted = bool(config.get("use_rslora"))
+        rooted, dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         cause = " ".join(str(error).split())[:300]
         raise ModelError(f"{adapter.name} cannot be read: {cause}", "it is damaged: remove the folder and train again") from error
@@ -250,15 +254,21 @@ def low_rank(adapter: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     halves: dict[str, dict[str, np.ndarray]] = {}
     for key, place in _places(adapter / "adapter_model.safetensors").items():
         match = _LORA.fullmatch(key)
-        if match is None or len(place.shape) != 2:
+        if match is None or len(place.shape) != (1 if match[3] else 2):
             raise ModelError(f"{adapter.name}: {key} is not a matrix of a LoRA adapter", "a plain LoRA adapter can be merged")
-        halves.setdefault(f"{match[1]}.weight", {})[match[2]] = place.read(0, math.prod(place.shape)).reshape(place.shape)
+        halves.setdefault(f"{match[1]}.weight", {})[match[2] or match[3]] = place.read(0, math.prod(place.shape)).reshape(place.shape)
     found = {}
     for name, half in halves.items():
-        a, b = half.get("A"), half.get("B")
-        if a is None or b is None or len(a) != b.shape[1] or shapes.get(name) != (len(b), a.shape[1]):
+        a, b, lengths = half.get("A"), half.get("B"), half.get("magnitude")
+        if (
+            a is None
+            or b is None
+            or len(a) != b.shape[1]
+            or shapes.get(name) != (len(b), a.shape[1])
+            or (None if lengths is None else len(lengths)) != (len(b) if dora else None)
+        ):
             raise ModelError(f"{adapter.name} does not fit this base: {name}", "name the base that it was trained on")
-        found[name] = (b * np.float32(alpha / (len(a) ** 0.5 if rooted else len(a))), a)
+        found[name] = (b * np.float32(alpha / (len(a) ** 0.5 if rooted else len(a))), a, lengths)
     return found
 
 

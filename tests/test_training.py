@@ -18,7 +18,7 @@ from edgelora import recipe as recipes
 from edgelora.data import chat, split
 from edgelora.data.chat import Encoded
 from edgelora.runtime.torch_reference import TorchSession
-from edgelora.train import estimate, finetune, load, loop
+from edgelora.train import adapter, finetune, load, loop
 from tests.line import ROOT, Line, edgelora, finished_folders, write_recipe
 from tests.tiny_models import tiny_model
 
@@ -100,12 +100,12 @@ def test_the_merge_of_what_was_trained_is_what_was_trained(finished: Line) -> No
 def test_trained_parameters_are_r_times_the_sides(tmp_path: Path, arch: str, targets: Any) -> None:
     folder = tiny_model(arch, tmp_path / arch)
     train = recipes.Train(r=4, targets=targets)
-    model = finetune._with_adapter(load.load_base(folder, "lora", torch.float32), train)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == estimate.adapter_parameters(folder, train)
+    model = adapter.attach(load.load_base(folder, "lora", torch.float32), train)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapter.parameters(models.shapes(folder), train)
     if arch == "llama":
         hidden, kv, inner = 64, 32, 96
         sides = 2 * hidden + (hidden + kv) + (0 if targets != "all-linear" else (hidden + kv) + 2 * hidden + 3 * (hidden + inner))
-        assert estimate.adapter_parameters(folder, train) == 4 * 3 * sides
+        assert adapter.parameters(models.shapes(folder), train) == 4 * 3 * sides
 
 
 def test_the_share_that_is_reported(finished: Line, tiny_base: Path) -> None:
@@ -134,7 +134,7 @@ def trainer(recipe: recipes.Recipe, base: Path, rows: list[Encoded], folder: Pat
     """The product's own trainer in fp32, on an adapter whose B is not zero, so that A has a gradient too."""
     train = dataclasses.replace(recipe.train, dropout=0.0, epochs=1.0, **settings)
     torch.manual_seed(1)
-    model = finetune._with_adapter(load.load_base(base, "lora", torch.float32), train)
+    model = adapter.attach(load.load_base(base, "lora", torch.float32), train)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -82,14 +82,12 @@ def test_the_number_of_threads_changes_no_byte(tmp_path: Path, monkeypatch: pyte
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("change", ["dora", "other base", "half", "no config"])
+@pytest.mark.parametrize("change", ["other base", "half", "no config"])
 def test_adapters_that_cannot_be_merged(change: str, tmp_path: Path) -> None:
     base = tiny_model("llama", tmp_path / "base")
     adapter = adapter_for(base, tmp_path / "adapter")
     config, file = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
-    if change == "dora":
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
-    elif change == "other base":
+    if change == "other base":
         base = tiny_model("llama", tmp_path / "other", intermediate_size=128)
     elif change == "half":
         tensors = load_file(file)
@@ -97,6 +95,6 @@ def test_adapters_that_cannot_be_merged(change: str, tmp_path: Path) -> None:
         save_file(tensors, file)
     else:
         config.unlink()
-    expected = {"dora": "use_dora", "other base": "does not fit", "half": "does not fit", "no config": "cannot be read"}[change]
+    expected = {"other base": "does not fit", "half": "does not fit", "no config": "cannot be read"}[change]
     with pytest.raises(ModelError, match=expected):
         weights.Merged(base, adapter, "16bit")

@@ -109,6 +109,7 @@ def finetune(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path |
         return
     from edgelora import artifact, doctor, models, preflight
     from edgelora.data import split
+    from edgelora.train import pissa
     from edgelora.train.finetune import finetune as train
 
     calm_libraries()
@@ -116,6 +117,7 @@ def finetune(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path |
     with echo.progress() as progress, artifact.locked(loaded.out_dir):
         dataset = split.load(loaded)
         base = models.open_base(loaded.base, loaded.folder, loaded.out_dir)
+        base = pissa.start(loaded, base, loaded.out_dir, lambda share, text: progress("decompose", share, text))
         made = train(loaded, base, dataset, loaded.out_dir, lambda share, text: progress("fine-tune", share, text))
     facts = made.facts
     echo.result(
@@ -143,6 +145,7 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
     from edgelora import artifact, doctor, models, pipeline, preflight, tuned
     from edgelora.data import split
     from edgelora.merge import merge as merge_
+    from edgelora.train import pissa
 
     calm_libraries()
     doctor.require(preflight.TRAINING)
@@ -151,6 +154,7 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
     with echo.progress() as progress, artifact.locked(adapter.parent):
         dataset = split.load(loaded)
         base = models.open_base(loaded.base, loaded.folder, adapter.parent)
+        base = pissa.start(loaded, base, adapter.parent, lambda share, text: progress("decompose", share, text))
         labels = dataset.labels if loaded.data.task == "classify" else ()
         made = merge_(
             tuned.tuned(base, loaded.base, made_adapter, loaded.data.system, labels),

@@ -102,7 +102,9 @@ def _pairs(model: Path, weights: Merged) -> Pairs:
     for name, source in architectures.of(config.model_type).tensors(config).items():
         if source.name not in found:
             continue
-        b, a = found.pop(source.name)
+        b, a, lengths = found.pop(source.name)
+        if lengths is not None:
+            raise ModelError("a GGUF adapter holds A and B, but not what DoRA trains beside them", "merge it: export it with --format gguf")
         if source.change is not None:
             b = source.change(torch.from_numpy(b), config).contiguous().numpy()
         pairs[name] = (b, a)

@@ -10,7 +10,7 @@ from typing import Any
 from edgelora import models
 from edgelora import recipe as recipes
 from edgelora.errors import ModelError
-from edgelora.train import load
+from edgelora.train import adapter, load
 
 # Fitted on SmolLM2-135M, rows of up to 97 tokens: 8 and 16 rows on two CPU cores (3.8 and 5.6 GB; 186 and 214 tokens a
 # CPU-second), 8 and 32 rows on one H100 (1.4 and 4.9 GB; 0.4 s a step, nearly all of it launches).
@@ -33,7 +33,7 @@ def training(folder: Path, train: recipes.Train, tokens: int, lengths: Sequence[
     total = models.parameter_count(folder)
     embedding = config["vocab_size"] * hidden
     base = (total - embedding) * (0.55 if train.method == "qlora" else 2) + embedding * 2
-    adapter = adapter_parameters(folder, train) * 16  # fp32 weight, gradient and two Adam moments
+    trained = adapter.parameters(models.shapes(folder), train) * 16  # fp32 weight, gradient and two Adam moments
     batch = train.batch * max(lengths)
     activations = batch * layers * (2 * hidden if train.checkpointing else _ACTIVATION_BYTES[device] * (hidden + inner))
     logits = batch * config["vocab_size"] * 4 * 3 / 2  # about half the tokens are answers; logits, softmax, gradient
@@ -43,7 +43,7 @@ def training(folder: Path, train: recipes.Train, tokens: int, lengths: Sequence[
     launches = len(lengths) / train.batch * train.epochs * layers * _LAUNCH_S[device] * again
     return {
         "peak_gpu_bytes" if device == "cuda" else "peak_rss_bytes": round(
-            _FIXED_BYTES[device] + base * 1.3 + adapter + activations + logits
+            _FIXED_BYTES[device] + base * 1.3 + trained + activations + logits
         ),
         "seconds": round(max(compute, launches), 1),
     }
@@ -57,17 +57,6 @@ def peak_bytes(figures: Mapping[str, float]) -> float:
 def full_finetune_bytes(parameters: int) -> int:
     """Weights, gradients and two Adam moments of full fine-tuning in mixed precision: 16 bytes a parameter (ZeRO, Rajbhandari et al. 2020)."""
     return 16 * parameters
-
-
-def adapter_parameters(folder: Path, train: recipes.Train) -> int:
-    """Sum of r (n_in + n_out) over the targeted linear layers."""
-    wanted = (train.targets,) if isinstance(train.targets, str) else train.targets
-    total = 0
-    for name, shape in models.shapes(folder).items():
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and len(shape) == 2 and ".layers." in layer and ("all-linear" in wanted or layer.rpartition(".")[2] in wanted):
-            total += train.r * sum(shape)
-    return total
 
 
 def _matmul_rate(dtype: Any) -> float:

@@ -14,7 +14,7 @@ from edgelora.artifact import Artifact
 from edgelora.data import chat
 from edgelora.data.split import Dataset
 from edgelora.errors import DataError, ModelError
-from edgelora.train import estimate, load
+from edgelora.train import adapter, estimate, load
 
 Progress = Callable[[float, str], None]
 _CHECKPOINTS = "checkpoints"
@@ -68,11 +68,14 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
 
     started = time.monotonic()
     set_seed(recipe.seed)
-    model = _with_adapter(load.load_base(base.folder, train.method, dtype, load.attention(max(len(row.ids) for row in rows))), train)
+    loaded = load.load_base(base.folder, train.method, dtype, load.attention(max(len(row.ids) for row in rows)))
+    model = adapter.attach(loaded, train, base.start)
+    arguments = _arguments(recipe, folder / _CHECKPOINTS, dtype)
     watch = loop.Watch(progress)
     trainer = loop.AnswerTrainer(
         model=model,
-        args=_arguments(recipe, folder / _CHECKPOINTS, dtype),
+        args=arguments,
+        optimizers=(adapter.optimizer(model, train, arguments), None),
         train_dataset=loop.examples(rows),
         eval_dataset=loop.examples(valid),
         data_collator=loop.Collator(tokenizer.pad_token_id),
@@ -97,6 +100,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     seconds = time.monotonic() - started
     return {
         "method": train.method,
+        "variant": train.variant,
         "base": base.name,
         "data": {"data_licence": recipe.data.licence, "data_attribution": recipe.data.attribution},
         "dtype": str(dtype).removeprefix("torch."),
@@ -121,31 +125,6 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
         "full_finetune_bytes": estimate.full_finetune_bytes(total),
         "notes": notes,
     }
-
-
-def _with_adapter(model: Any, train: recipes.Train) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    targets: str | list[str] = "all-linear"
-    if train.targets != "all-linear":
-        targets = [train.targets] if isinstance(train.targets, str) else list(train.targets)
-        known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if "Linear" in type(module).__name__})
-        unknown = [target for target in targets if target not in known]
-        if unknown:
-            raise ModelError(
-                f"train.targets: the base has no {', '.join(unknown)}", f"its linear layers: {', '.join(known)}; or write all-linear"
-            )
-    config = LoraConfig(
-        r=train.r,
-        lora_alpha=train.alpha,
-        lora_dropout=train.dropout,
-        target_modules=targets,  # a list: PEFT reads a lone name as a regular expression for the whole path
-        task_type="CAUSAL_LM",
-    )
-    if train.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    return get_peft_model(model, config)
 
 
 def _arguments(recipe: recipes.Recipe, folder: Path, dtype: Any) -> Any:
