@@ -108,20 +108,6 @@ def divergence_summary(measured: Divergence) -> dict[str, Any]:
     }
 
 
-def label_log_probs(session: Session, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> np.ndarray:
-    """log P(answer | prompt), shape (answers,), normalized over the answers, which end with their stop token.
-
-    Because each ends with the stop token, no answer is the beginning of another one and the sum over its tokens is a
-    proper probability: a longer label is not punished for its length beyond what the model itself finds unlikely.
-    """
-    totals = np.empty(len(answers))
-    for i, answer in enumerate(answers):
-        ids = [*prompt, *answer]
-        rows = session.score(ids[:-1], first=len(prompt) - 1)
-        totals[i] = rows[np.arange(len(answer)), list(answer)].sum()
-    return np.asarray(totals - np.logaddexp.reduce(totals))
-
-
 def _score(session: Session, row: Encoded) -> np.ndarray:
     """Log-probabilities from the token before the first answer token on, the last token's own prediction left out."""
     first = row.trained.index(True) - 1

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from edgelora import artifact, evaluate, machine, models
+from edgelora import artifact, evaluate, labels, machine, models
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data import chat
@@ -57,7 +57,12 @@ def _judge(
     sets = {name: [row for row, _ in pairs] for name, pairs in chosen.items()}
     encoded = {name: [ids for _, ids in pairs] for name, pairs in chosen.items()}
     shown = _spread(next(iter(sorted(sets.items(), key=lambda item: item[0] == "sealed")))[1], recipe.evaluate.answers) if sets else ()
-    found: dict[str, Any] = {"losses": [], "accuracy": [], "answers": [{"question": row.question, "after": {}} for row in shown]}
+    found: dict[str, Any] = {
+        "losses": [],
+        "accuracy": [],
+        "confusion": [],
+        "answers": [{"question": row.question, "after": {}} for row in shown],
+    }
     for number, (before, after) in enumerate(pairs):
         measured = []
         for half, export in enumerate((before, after)):
@@ -65,14 +70,14 @@ def _judge(
             progress((2 * number + half) / (2 * len(pairs)), f"scoring {path.name}")
             with runtime(str(export.facts["runtime"])).open(path, recipe.threads or machine.cores()) as session:
                 scores = {name: evaluate.losses(session, rows) for name, rows in encoded.items()}
-                hits = {name: _hits(session, tokenizer, dataset, sets[name]) for name in sets} if recipe.data.task == "classify" else {}
+                chose = {name: _chosen(session, tokenizer, dataset, sets[name]) for name in sets} if recipe.data.task == "classify" else {}
                 for row, entry in zip(shown, found["answers"], strict=True):
                     if half == 0 and number == 0:
                         entry["before"] = answer(session, tokenizer, row, recipe.evaluate.max_new_tokens)
                     elif half == 1:
                         entry["after"][path.name] = answer(session, tokenizer, row, recipe.evaluate.max_new_tokens)
-                measured.append((scores, hits))
-        (before_scores, before_hits), (after_scores, after_hits) = measured
+                measured.append((scores, chose))
+        (before_scores, before_chose), (after_scores, after_chose) = measured
         for name in sets:
             where = {"set": name, "file": exported_path(after).name, "rows": len(sets[name])}
             old, new = before_scores[name], after_scores[name]
@@ -85,11 +90,10 @@ def _judge(
                     **evaluate.change(old, new),
                 }
             )
-            if after_hits:
-                low, high = evaluate.interval(after_hits[name], np.ones(len(after_hits[name])))
-                found["accuracy"].append(
-                    {**where, "before": float(before_hits[name].mean()), "after": float(after_hits[name].mean()), "low": low, "high": high}
-                )
+            if after_chose:
+                found["accuracy"].append({**where, **_accuracy(dataset, sets[name], before_chose[name], after_chose[name])})
+                counts = labels.confusion(_true(dataset, sets[name]), after_chose[name], len(dataset.labels))
+                found["confusion"].append({"set": name, "file": where["file"], "labels": list(dataset.labels), "counts": counts.tolist()})
     return {key: value for key, value in found.items() if value}
 
 
@@ -99,23 +103,33 @@ def answer(session: Session, tokenizer: Any, row: Row, max_new_tokens: int) -> s
     return session.detokenize(ids).strip()
 
 
-def _hits(session: Session, tokenizer: Any, dataset: Dataset, rows: Sequence[Row]) -> np.ndarray:
-    """1.0 where the most likely label is the row's own, shape (rows,)."""
-    labels = dataset.labels
-    hits = []
+def _chosen(session: Session, tokenizer: Any, dataset: Dataset, rows: Sequence[Row]) -> list[int]:
+    """The place of the label that is chosen for each row, among the data set's labels."""
+    found = []
     for row in rows:
-        prompt, answers = label_ids(tokenizer, row.messages[:-1], labels)
-        hits.append(float(labels[int(evaluate.label_log_probs(session, prompt, answers).argmax())] == row.answer))
-    return np.array(hits)
+        prompt, answers = labels.ids(tokenizer, row.messages[:-1], dataset.labels)
+        found.append(int(labels.log_shares(session.score_answers(prompt, answers)).argmax()))
+    return found
 
 
-def label_ids(tokenizer: Any, prompt: Sequence[tuple[str, str]], labels: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """Ids of a prompt and of every label as its answer, the stop token included."""
-    answers = []
-    for label in labels:
-        whole = chat.encode(tokenizer, Row((*prompt, ("assistant", label)), 0))
-        answers.append(list(whole.ids[len(whole.prompt) :]))
-    return list(whole.prompt), answers
+def _true(dataset: Dataset, rows: Sequence[Row]) -> list[int]:
+    return [dataset.labels.index(row.answer) for row in rows]
+
+
+def _accuracy(dataset: Dataset, rows: Sequence[Row], before: Sequence[int], after: Sequence[int]) -> dict[str, float]:
+    """Accuracy and macro-F1 before and after; low and high are the interval of the accuracy after."""
+    truth = np.array(_true(dataset, rows))
+    hits = (truth == np.array(after)).astype(float)
+    low, high = evaluate.interval(hits, np.ones(len(hits)))
+    f1 = [labels.macro_f1(labels.confusion(truth, chosen, len(dataset.labels))) for chosen in (before, after)]
+    return {
+        "before": float((truth == np.array(before)).mean()),
+        "after": float(hits.mean()),
+        "low": low,
+        "high": high,
+        "macro_f1_before": f1[0],
+        "macro_f1_after": f1[1],
+    }
 
 
 def _spread(rows: Sequence[T], most: int) -> tuple[T, ...]:

@@ -53,14 +53,14 @@ def predict(
     """For every row its line and question, and the answer; with `labels` the most likely one and its probability."""
     import numpy as np
 
-    from edgelora.evaluate import label_log_probs
+    from edgelora.labels import log_shares
 
     for number, row in enumerate(rows, 1):
         messages = row.messages
         found: dict[str, Any] = {"line": row.line, "question": messages[-1][1]}
         if labels:
             answers = [[*session.tokenize(label), session.stop_ids[0]] for label in labels]
-            scores = label_log_probs(session, prompt_ids(session, messages), answers)
+            scores = log_shares(session.score_answers(prompt_ids(session, messages), answers))
             best = int(scores.argmax())
             found |= {"label": labels[best], "probability": round(float(np.exp(scores[best])), 6)}
         else:

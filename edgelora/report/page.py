@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from edgelora.report import charts, comparison, differences, estimates, sorting, tables
+from edgelora.report import charts, comparison, confusion, differences, estimates, sorting, tables
 from edgelora.report import figures as f
 from edgelora.report.markup import NOTHING, Markup, language, tag
 from edgelora.report.schema import is_comparison
@@ -50,6 +50,7 @@ def _report(doc: Mapping[str, Any]) -> list[Markup]:
         _section("Size against loss", *charts.frontiers(doc)),
         _section("Where the MB go", _beside(charts.anatomy(doc), _table(tables.anatomy(doc)))),
         _section("Loss before and after" if _has_before(doc) else "Loss", *_losses(doc), _table(tables.accuracy(doc))),
+        _section("Labels", confusion.drawing(doc), _table(confusion.mistakes(doc))),
         _section(_speed_title(doc), charts.latency(doc), _table(tables.bench(doc))),
         _section("Estimates for other devices", *_estimates(doc)),
         _section("Answers side by side", *_answers(doc)),

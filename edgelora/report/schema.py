@@ -113,8 +113,19 @@ REPORT: dict[str, Any] = {
         }
     ],
     "accuracy": [  # shares; low and high are the interval of `after`
-        {"set": str, "file": str, "rows": int, "before": float, "after": float, "low": float, "high": float}
+        {
+            "set": str,
+            "file": str,
+            "rows": int,
+            "before": float,
+            "after": float,
+            "low": float,
+            "high": float,
+            "macro_f1_before": float,
+            "macro_f1_after": float,
+        }
     ],
+    "confusion": [{"set": str, "file": str, "labels": [str], "counts": [[int]]}],  # row: the true label, column: the chosen one
     "answers": [{"question": str, "before": str, "after": {str: str}}],
     "bench": [
         {

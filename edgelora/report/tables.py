@@ -140,6 +140,8 @@ def accuracy(doc: Row) -> Table:
             Column("File", text("file"), numeric=False),
             Column("Accuracy, untuned base", of("before", f.percent), by="before"),
             Column("Accuracy, this file", lambda row: f.within(row.get("after"), row.get("low"), row.get("high"), f.percent), by="after"),
+            Column("Macro-F1, untuned base", of("macro_f1_before", f.percent), by="macro_f1_before"),
+            Column("Macro-F1, this file", of("macro_f1_after", f.percent), by="macro_f1_after"),
             Column("n", lambda row: f.sample(row.get("rows"), None)),
         ],
     )

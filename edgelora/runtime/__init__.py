@@ -52,6 +52,9 @@ class Session(Protocol):
     def score(self, ids: Sequence[int], first: int = 0) -> np.ndarray:
         """Log-probabilities, float32, shape (len(ids) - first, vocabulary): row i is the prediction of what follows ids[first + i]."""
 
+    def score_answers(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log-probabilities of each answer's tokens after `prompt`, float32, shape (len(answer),) each; the prompt is read once."""
+
     def generate(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[int]) -> Iterator[int]:
         """Greedy continuation, one id at a time, ending before a stop id. The first id is yielded when the prompt was read."""
 

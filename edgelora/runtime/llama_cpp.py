@@ -24,6 +24,7 @@ import numpy as np
 from edgelora import machine
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
 from edgelora.gguf_header import Array, Header, base_of, read_header
+from edgelora.runtime.answers import tree
 from edgelora.size import traffic
 
 REQUIRES = ("llama_cpp", "numpy")
@@ -189,12 +190,12 @@ class LlamaSession(Vocabulary):
             if not self._adapter:
                 self.close()
                 raise ModelError(f"llama.cpp cannot put {adapter} on {path.name}: {_cause()}", "use the base that it was trained on")
-        self._room = (0, 0)  # tokens the context holds, its flash_attn_type
+        self._room = (0, 0, 0)  # tokens the context holds, its flash_attn_type, its sequences
         if llama_cpp.llama_model_has_encoder(self._model) or not llama_cpp.llama_model_has_decoder(self._model):
             self.close()
             raise Unsupported(f"{path} is not a decoder-only language model", "choose a causal language model")
         self._longest = llama_cpp.llama_model_n_ctx_train(self._model)
-        self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(_BATCH, 0, llama_cpp.llama_max_parallel_sequences())
 
     def score(self, ids: Sequence[int], first: int = 0) -> np.ndarray:
         if not 0 <= first <= len(ids):
@@ -211,6 +212,41 @@ class LlamaSession(Vocabulary):
                 rows[position - first] = self._logits(position - start)
             start = end
         return _log_softmax(rows)
+
+    def score_answers(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """See Session.score_answers. An answer is a sequence of llama.cpp; a token that several begin with belongs to each of them."""
+        most = llama_cpp.llama_max_parallel_sequences()
+        return [scores for start in range(0, len(answers), most) for scores in self._score_answers(prompt, answers[start : start + most])]
+
+    def _score_answers(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        branches = tree(answers)
+        inner = branches.inner
+        for answer in answers:
+            self._check_ids(answer)
+        self._begin(prompt, len(prompt) + len(inner), llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, sequences=len(answers))
+        for start in range(0, len(prompt), _BATCH):
+            self._decode(prompt[start : start + _BATCH], start, logits_from=len(prompt) - 1)
+        first = _log_softmax(self._logits(-1)[None].copy())[0]  # the next batch overwrites llama.cpp's own
+        memory = llama_cpp.llama_get_memory(self._context)
+        for sequence in range(1, len(answers)):
+            llama_cpp.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
+        found = np.empty(len(branches.tokens), np.float32)
+        owners: list[list[int]] = [[] for _ in branches.tokens]
+        children: dict[int, list[int]] = {}
+        for sequence, path in enumerate(branches.paths):
+            for node in path:
+                owners[node].append(sequence)
+        for node, parent in enumerate(branches.parents):
+            children.setdefault(parent, []).append(node)
+        at_once = max(1, min(_BATCH, _SCORE_BYTES // (4 * self._n_vocab)))
+        for start in range(0, len(inner), at_once):
+            nodes = inner[start : start + at_once]
+            self._decode_nodes([(branches.tokens[node], len(prompt) + branches.depth(node), owners[node]) for node in nodes])
+            for row, node in enumerate(nodes):
+                scores = _log_softmax(self._logits(row)[None])[0]
+                found[children[node]] = scores[[branches.tokens[child] for child in children[node]]]
+        found[children[-1]] = first[[branches.tokens[child] for child in children[-1]]]
+        return [found[list(path)] for path in branches.paths]
 
     def generate(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[int]) -> Iterator[int]:
         self._begin(ids, len(ids) + max(0, max_new_tokens - 1), llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO)
@@ -230,7 +266,7 @@ class LlamaSession(Vocabulary):
             yield token
             fresh = [token]
 
-    def _begin(self, ids: Sequence[int], tokens: int, flash: int) -> None:
+    def _begin(self, ids: Sequence[int], tokens: int, flash: int, sequences: int = 1) -> None:
         """Check a call's input, make room for `tokens` and forget what was there before."""
         self._check_open()
         self._calls += 1
@@ -239,17 +275,19 @@ class LlamaSession(Vocabulary):
         self._check_ids(ids)
         if tokens > self._longest:
             raise Unsupported(f"{tokens} tokens do not fit the model's context of {self._longest}", "give a shorter text")
-        if tokens > self._room[0] or flash != self._room[1]:
-            self._make_room(tokens, flash)
+        if tokens > self._room[0] or flash != self._room[1] or sequences > self._room[2]:
+            self._make_room(tokens, flash, sequences)
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
-    def _make_room(self, tokens: int, flash: int) -> None:
+    def _make_room(self, tokens: int, flash: int, sequences: int) -> None:
         if self._context:
             llama_cpp.llama_free(self._context)
-            self._context, self._room = None, (0, 0)
+            self._context, self._room = None, (0, 0, 0)
         size = min(self._longest, max(_SMALLEST_CONTEXT, 1 << (tokens - 1).bit_length()))
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = size
+        params.n_seq_max = sequences
+        params.kv_unified = True  # sequences share the tokens that they have in common
         params.n_batch = params.n_ubatch = _BATCH
         params.n_threads = params.n_threads_batch = self._threads
         params.flash_attn_type = flash
@@ -260,23 +298,31 @@ class LlamaSession(Vocabulary):
         if self._adapter:  # freed with the model
             adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter)
             llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
-        self._room = (size, flash)
+        self._room = (size, flash, sequences)
 
     def _decode(self, ids: Sequence[int], start: int, logits_from: int) -> None:
         """Read at most _BATCH `ids` at positions from `start` on; logits are computed for positions >= `logits_from` alone."""
+        self._run([(token, start + i, [0], start + i >= logits_from) for i, token in enumerate(ids)])
+
+    def _decode_nodes(self, nodes: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """Read at most _BATCH tokens given as (token, position, sequences), and compute logits for each."""
+        self._run([(*node, True) for node in nodes])
+
+    def _run(self, tokens: Sequence[tuple[int, int, Sequence[int], bool]]) -> None:
         batch = self._batch
-        batch.n_tokens = len(ids)
-        for i, token in enumerate(ids):
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequences, wanted) in enumerate(tokens):
             batch.token[i] = token
-            batch.pos[i] = start + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = start + i >= logits_from
+            batch.pos[i] = position
+            batch.n_seq_id[i] = len(sequences)
+            for place, sequence in enumerate(sequences):
+                batch.seq_id[i][place] = sequence
+            batch.logits[i] = wanted
         _errors.clear()
         status = llama_cpp.llama_decode(self._context, batch)
         if status:
             raise EdgeloraError(
-                f"llama.cpp failed to read {len(ids)} tokens (status {status}): {_cause()}", "free some memory, or use a shorter text"
+                f"llama.cpp failed to read {len(tokens)} tokens (status {status}): {_cause()}", "free some memory, or use a shorter text"
             )
 
     def _logits(self, row: int) -> np.ndarray:

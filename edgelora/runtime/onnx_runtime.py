@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,24 @@ class OnnxSession(FolderText):
         assert rows is not None  # _feeder refuses an empty sequence
         return rows
 
+    def score_answers(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """See Session.score_answers. In alphabetical order an answer begins where it parts from the one before."""
+        feed = self._feeder(len(prompt) + max(map(len, answers)) - 1)
+        for start in range(0, len(prompt), _CHUNK):
+            last = feed(prompt[start : start + _CHUNK])[-1:]
+        found: list[np.ndarray] = [np.empty(0)] * len(answers)
+        before: list[int] = []
+        kept = _log_softmax(last)  # predictions after the prompt and after each token of `before`
+        for at in sorted(range(len(answers)), key=lambda at: list(answers[at])):
+            answer = list(answers[at])
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, answer[:-1], strict=False)))
+            fresh = answer[same:-1]
+            kept = kept[: same + 1]
+            if fresh:
+                kept = np.concatenate([kept, _log_softmax(feed(fresh, len(prompt) + same))])
+            before, found[at] = answer[:-1], kept[np.arange(len(answer)), answer]
+        return found
+
     def generate(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[int]) -> Iterator[int]:
         """See Session.generate."""
         if max_new_tokens < 1:
@@ -100,7 +119,10 @@ class OnnxSession(FolderText):
         self.close()
 
     def _feeder(self, capacity: int) -> Any:
-        """An empty context for `capacity` tokens: feed(ids) appends them and returns their logits, (len(ids), vocabulary)."""
+        """An empty context for `capacity` tokens: feed(ids) appends them and returns their logits, (len(ids), vocabulary).
+
+        feed(ids, at) forgets what stands from position `at` on first.
+        """
         session = self._session
         if session is None:
             raise EdgeloraError("the model was closed", "open it again")
@@ -118,9 +140,10 @@ class OnnxSession(FolderText):
         logits_at = len(self._cache)  # outputs come in the order they were bound
         read = 0
 
-        def feed(ids: Sequence[int]) -> np.ndarray:
+        def feed(ids: Sequence[int], at: int | None = None) -> np.ndarray:
             nonlocal read
-            start, read = read, read + len(ids)
+            start = read if at is None else at
+            read = start + len(ids)
             binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
             binding.bind_cpu_input("attention_mask", np.ones((1, read), np.int64))
             if self._positions:

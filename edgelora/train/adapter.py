@@ -21,7 +21,7 @@ from edgelora.errors import ModelError
 def targeted(shapes: Mapping[str, Sequence[int]], wanted: str | Sequence[str]) -> list[str]:
     """Names of the linear layers (without ``.weight``) that `train.targets` names, of weights by their names.
 
-    ModelError lists the real names when one is unknown. The head is none of them: where it is tied, its change would be the embedding's too.
+    ModelError lists the real names when one is unknown.
     """
     linear = [
         layer

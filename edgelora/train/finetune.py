@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgelora import artifact, machine, models
+from edgelora import artifact, labels, machine, models
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data import chat
@@ -60,6 +60,8 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     valid = [ids for _, ids in chat.encode_all(tokenizer, dataset.selecting, train.max_tokens)]
     if len(rows) < 2 or not valid:
         raise DataError(f"nearly every row is longer than train.max_tokens = {train.max_tokens}", "raise train.max_tokens")
+    if recipe.data.task == "classify":
+        labels.check(dataset, tokenizer)
     notes = [note] if note else []
     if left_out := len(dataset.train) - len(rows):
         notes.append(f"{left_out} training rows longer than train.max_tokens = {train.max_tokens} left out")

@@ -1,0 +1,61 @@
+"""Labels as answers: scored as whole token sequences in every runtime, chosen by length, told when unknown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgelora.runtime import answers, runtime
+from edgelora.runtime.torch_reference import answer_log_probs
+from tests.line import Line
+from tests.tiny_models import ARCHITECTURES, tiny_model
+
+PROMPT = [3, 77, 120, 45, 8, 300, 12, 9, 210, 33, 41]
+ANSWERS = [[50, 60, 2], [50, 61, 70, 2], [50, 61, 71, 2], [51, 2], [50, 2], [52, 53, 54, 55, 56, 57, 2], [52, 53, 54, 58, 2]]
+
+
+def test_a_tree_shares_beginnings() -> None:
+    made = answers.tree([[5, 6, 0], [5, 7, 0], [8, 0]])
+    assert made.tokens == (5, 6, 0, 7, 0, 8, 0)
+    assert made.parents == (-1, 0, 1, 0, 3, -1, 5)
+    assert made.paths == ((0, 1, 2), (0, 3, 4), (5, 6))
+    assert made.inner == (0, 1, 3, 5)
+    assert [made.depth(node) for node in range(7)] == [0, 1, 2, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_torch_scores_answers_as_it_scores_texts(arch: str, tmp_path: Path) -> None:
+    with runtime("torch").open(tiny_model(arch, tmp_path), 1) as session:
+        for prompt in (PROMPT, PROMPT[:1]):
+            for found, expected in zip(session.score_answers(prompt, ANSWERS), answers.one_by_one(session, prompt, ANSWERS), strict=True):
+                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_prompts_of_unequal_length_are_scored_together(attention: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama", tmp_path), dtype=torch.float32, attn_implementation=attention).eval()
+    prompts = [PROMPT, PROMPT[:3], [*PROMPT, *PROMPT[2:]]]
+    with torch.no_grad():
+        together = answer_log_probs(model, prompts, ANSWERS)
+        for prompt, found in zip(prompts, together, strict=True):
+            (alone,) = answer_log_probs(model, [prompt], ANSWERS)
+            for one, other in zip(found, alone, strict=True):
+                np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+
+
+def test_exported_files_score_answers_as_they_score_texts(finished: Line) -> None:
+    files = {
+        "llama.cpp": next(finished.one("gguf-*").glob("*.gguf")),
+        "onnxruntime": next(p.parent for p in finished.out.glob("onnx-*/**/model.onnx")),
+    }
+    for name, file in files.items():
+        with runtime(name).open(file, 1) as session:
+            for prompt in (PROMPT, PROMPT[:1], PROMPT * 9):
+                expected = answers.one_by_one(session, prompt, ANSWERS)
+                for found, one in zip(session.score_answers(prompt, ANSWERS), expected, strict=True):
+                    np.testing.assert_allclose(found, one, rtol=0, atol=0.02 if name == "llama.cpp" else 1e-3, err_msg=name)
