@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 
-from edgelora import artifact, evaluate, labels, machine, merge, models
+from edgelora import artifact, evaluate, labels, machine, models
 from edgelora import recipe as recipes
 from edgelora.data import split
 from edgelora.data.row import Row
@@ -62,7 +63,7 @@ def main() -> None:
     before = measured(load.load_base(base.folder, given.method, torch.bfloat16), tokenizer, dataset.labels, choosing, test)
     print("untuned:", summary(before), flush=True)
     adapter = finetune.finetune(recipe, base, dataset, given.out, lambda share, text: print(f"\r{share:4.0%} {text}", end="", flush=True))
-    tuned = merge._adapted(load.load_base(base.folder, given.method, torch.bfloat16), adapter.path)
+    tuned = PeftModel.from_pretrained(load.load_base(base.folder, given.method, torch.bfloat16), adapter.path)
     after = measured(tuned, tokenizer, dataset.labels, choosing, test)
     print("\ntuned:  ", summary(after))
     training = {

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from edgelora import artifact, merge, models, weights
+from edgelora import artifact, models, tuned, weights
 from edgelora import recipe as recipes
 from edgelora.errors import ModelError, RecipeError
 from edgelora.export import gguf
@@ -60,7 +61,7 @@ def test_the_merged_model_is_the_adapted_one(adapted: Callable[..., Adapted], ar
     ids = token_ids(vocabulary(base.folder))
     plain = load.load_base(base.folder, "qlora" if into == "nf4" else "lora", torch.float32)
     without = scores(plain, ids)
-    expected = scores(merge._adapted(plain, folder), ids)
+    expected = scores(PeftModel.from_pretrained(plain, folder), ids)
     merged = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
     source = weights.Merged(base.folder, folder, into)
     state = {name: torch.from_numpy(source.rows(name).reshape(shape)) for name, shape in source.shapes.items()}
@@ -73,16 +74,13 @@ def test_the_merged_model_is_the_adapted_one(adapted: Callable[..., Adapted], ar
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_cpp_runs_what_was_adapted(adapted: Callable[..., Adapted], variant: str, tmp_path: Path) -> None:
     base, folder = adapted("llama", variant)
-    made = tmp_path / "made"
-    made.mkdir()
-    weights.write(weights.Merged(base.folder, folder, "nf4"), made, lambda share, name: None)
-    merge._describe(base.folder, made)
-    models.open_tokenizer(base.folder).save_pretrained(made)
+    (tmp_path / "made").mkdir()
+    made = tuned.Tuned(base.folder, "key", adapter=folder, held="nf4").describe(tmp_path / "made")
     ids = token_ids(vocabulary(made))
-    expected = scores(merge._adapted(load.load_base(base.folder, "qlora", torch.float32), folder), ids)
-    file = gguf.write(made, "f16", tmp_path, "tiny", lambda share, what: None)
-    assert kl(scores(load.load_base(made, "lora", torch.float32), ids), llama_scores(file, ids)) < 1e-4
-    assert kl(expected, llama_scores(file, ids)) < 0.02  # the file's weights were rounded to bf16 on the way
+    expected = scores(PeftModel.from_pretrained(load.load_base(base.folder, "qlora", torch.float32), folder), ids)
+    merged = weights.Merged(base.folder, folder, "nf4")
+    file = gguf.write(made, "f16", tmp_path, "tiny", lambda share, what: None, weights=merged)
+    assert kl(expected, llama_scores(file, ids)) < 1e-4
 
 
 def test_pissa_begins_as_the_base_with_its_largest_part_taken_out(adapted: Callable[..., Adapted], tmp_path: Path) -> None:
@@ -197,3 +195,13 @@ def test_a_residual_is_made_once(adapted: Callable[..., Adapted], tmp_path: Path
     made = artifact.load(base.folder)
     assert (made.kind, made.recipe, base.key) == ("residual", {"r": 4, "alpha": 12, "targets": "all-linear"}, made.key)
     assert np.isfinite([float(t.float().abs().max()) for t in load_file(base.folder / "model.safetensors").values()]).all()
+
+
+@pytest.mark.parametrize("variant", ["dora", "pissa"])
+def test_a_gguf_adapter_holds_neither(adapted: Callable[..., Adapted], variant: str, tmp_path: Path) -> None:
+    from edgelora.export import gguf_lora
+
+    base, folder = adapted("llama", variant)
+    with pytest.raises(ModelError, match="DoRA trains beside" if variant == "dora" else "residual that PiSSA left") as raised:
+        gguf_lora.write(base.folder, folder, "f16", tmp_path, "tiny", lambda share, what: None)
+    assert raised.value.hint == "merge it: export it with --format gguf"

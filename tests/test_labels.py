@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from edgelora import labels, report
 from edgelora.runtime import answers, runtime
 from edgelora.runtime.torch_reference import answer_log_probs
-from tests.line import Line
+from tests.line import Line, edgelora, write_recipe
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 PROMPT = [3, 77, 120, 45, 8, 300, 12, 9, 210, 33, 41]
@@ -59,3 +60,45 @@ def test_exported_files_score_answers_as_they_score_texts(finished: Line) -> Non
                 expected = answers.one_by_one(session, prompt, ANSWERS)
                 for found, one in zip(session.score_answers(prompt, ANSWERS), expected, strict=True):
                     np.testing.assert_allclose(found, one, rtol=0, atol=0.02 if name == "llama.cpp" else 1e-3, err_msg=name)
+
+
+def test_a_long_label_is_not_passed_over_for_its_length() -> None:
+    shares = labels.log_shares([np.full(8, -0.5, np.float32), np.full(2, -1.0, np.float32)])
+    assert np.exp(shares).sum() == pytest.approx(1)
+    assert shares.argmax() == 0  # -4 nats in all against -2
+    assert shares[0] - shares[1] == pytest.approx((1.0 - 0.5) * 5)  # as if both had five tokens
+
+
+def test_macro_f1_by_hand() -> None:
+    counts = labels.confusion([0, 0, 0, 1, 2, 2], [0, 0, 1, 1, 0, 2], 4)
+    assert counts.tolist() == [[2, 1, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+    assert labels.macro_f1(counts) == pytest.approx((4 / 6 + 2 / 3 + 2 / 3) / 3)  # the fourth label is nowhere
+
+
+def test_a_label_that_was_never_trained_is_told(tiny_base: Path, tmp_path: Path) -> None:
+    write_recipe(tmp_path, tiny_base, task="classify")
+    (tmp_path / "test.jsonl").write_text('{"text": "It hums", "label": "noise"}\n{"text": "It came late again", "label": "delivery"}\n')
+    done = edgelora("finetune", "tiny.yaml", "--set", "data.held_out={test: test.jsonl}", cwd=tmp_path)
+    assert (done.code, done.out) == (3, "")
+    assert done.err == (
+        "error: test: the label 'noise' (1 row) stands in no training row\n"
+        "give the training file rows with it, or take it out of the set: what was never trained cannot be chosen\n"
+    )
+
+
+def test_the_report_shows_what_is_taken_for_what(classified: Line) -> None:
+    document = report.read(classified.out)
+    for row, matrix in zip(document["accuracy"], document["confusion"], strict=True):
+        counts = np.array(matrix["counts"])
+        assert matrix["labels"] == ["delivery", "repair"]
+        assert counts.sum() == row["rows"]
+        assert np.trace(counts) / counts.sum() == row["after"]
+        assert labels.macro_f1(counts) == row["macro_f1_after"]
+    assert "Confusion matrix of 2 labels" in (classified.out / "report.html").read_text(encoding="utf-8")
+
+
+def test_predict_refuses_labels_of_another_classifier(classified: Line, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"text": "It hums"}\n')
+    file = next(classified.one("gguf-*").glob("*.gguf"))
+    done = edgelora("predict", file, "q.jsonl", "-o", "found.jsonl", "--labels", "repair,noise", cwd=tmp_path)
+    assert (done.code, done.err) == (2, f"error: --labels: {file.name} was not trained on noise\nits labels: delivery, repair\n")

@@ -57,7 +57,7 @@ def drawing(doc: Mapping[str, Any]) -> Markup:
                 )
                 place = {"x": round(left + side * j, 2), "y": round(side * i, 2), "width": round(side, 2), "height": round(side, 2)}
                 shade = round(0.15 + 0.85 * count / total, 2)
-                marks.append(tag("rect", title, **place, class_="s0" if i == j else "s1", fill_opacity=shade))
+                marks.append(tag("rect", title, **place, class_=f"cell {'s0' if i == j else 's1'}", fill_opacity=shade))
     words = f"Confusion matrix of {n} labels on {matrix.get('set') or 'held-out rows'}: rows are true labels, columns chosen ones"
     svg = tag("svg", tag("title", words), *marks, viewBox=f"0 0 {plot.WIDTH} {round(side * n)}", role="img")
     legend = join([tag("p", f"{words}, in the order of the alphabet. Right answers lie on the diagonal.", class_="caption")])

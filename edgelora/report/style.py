@@ -127,7 +127,7 @@ svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
 svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .base { stroke: var(--soft); stroke-width: 1; opacity: 0.6; }
-svg .track { fill: var(--track); }
+svg .track { fill: var(--track); } svg .cell { fill: var(--c); }
 svg .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; stroke: var(--c); }
 svg .line.s0:not(:last-of-type) { opacity: 0.6; stroke-width: 1.3; }
 svg .fill { fill: var(--c); }
