@@ -50,10 +50,8 @@ def test_prompts_of_unequal_length_are_scored_together(attention: str, tmp_path:
 
 
 def test_exported_files_score_answers_as_they_score_texts(finished: Line) -> None:
-    files = {
-        "llama.cpp": next(finished.one("gguf-*").glob("*.gguf")),
-        "onnxruntime": next(p.parent for p in finished.out.glob("onnx-*/**/model.onnx")),
-    }
+    onnx = next(p.parent for p in finished.out.glob("onnx-*/**/model.onnx"))
+    files = {"llama.cpp": next(finished.one("gguf-*").glob("*.gguf")), "onnxruntime": onnx, "onnxruntime-genai": onnx}
     for name, file in files.items():
         with runtime(name).open(file, 1) as session:
             for prompt in (PROMPT, PROMPT[:1], PROMPT * 9):

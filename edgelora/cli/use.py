@@ -87,7 +87,7 @@ def predict(
     chosen = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else labels_of(file)
     if labels is not None and len(chosen) < 2:
         raise UsageError(f"--labels {labels!r}: a choice needs at least two labels", "for instance --labels positive,negative")
-    if (trained := _labels(file)) and (strange := [label for label in chosen if label not in trained]):
+    if (trained := labels_of(file)) and (strange := [label for label in chosen if label not in trained]):
         raise UsageError(f"--labels: {file.name} was not trained on {', '.join(strange)}", f"its labels: {', '.join(trained)}")
     with echo.progress() as progress, _session(file, threads) as session:
         found = list(talk.predict(session, table.rows, chosen, max_new_tokens, lambda share: progress("predict", share, rows.name)))

@@ -8,8 +8,9 @@ Node i holds a token and the node before it (-1: the prompt's end). Parents come
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +47,25 @@ def tree(answers: Sequence[Sequence[int]]) -> Tree:
             path.append(nodes.setdefault((path[-1] if path else -1, token), len(nodes)))
         paths.append(tuple(path))
     return Tree(tuple(token for _, token in nodes), tuple(parent for parent, _ in nodes), tuple(paths))
+
+
+def in_order(last: np.ndarray, answers: Sequence[Sequence[int]], feed: Callable[[Sequence[int], int], np.ndarray]) -> list[np.ndarray]:
+    """What `score_answers` gives, for a runtime that holds one sequence: in order, each answer begins where it parts from the one before.
+
+    `last`: log-probabilities after the prompt, shape (1, vocabulary); `feed(ids, at)` forgets the answer's tokens from `at` on,
+    reads `ids` and gives theirs, shape (len(ids), vocabulary).
+    """
+    found: list[np.ndarray] = [np.empty(0)] * len(answers)
+    before: list[int] = []
+    kept = last
+    for place in sorted(range(len(answers)), key=lambda place: list(answers[place])):
+        answer = list(answers[place])
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, answer[:-1], strict=False)))
+        kept = kept[: same + 1]
+        if fresh := answer[same:-1]:
+            kept = np.concatenate([kept, feed(fresh, same)])
+        before, found[place] = answer[:-1], kept[np.arange(len(answer)), answer]
+    return found
 
 
 def one_by_one(session: Session, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime_genai as og
 
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
+from edgelora.runtime.answers import in_order
 from edgelora.runtime.onnx_folder import AGAIN, GRAPH, SETTINGS, check_folder, context_length, log_softmax, settings
 from edgelora.runtime.text import FolderText
 from edgelora.size import traffic
@@ -80,6 +81,24 @@ class GenaiSession(FolderText):
                 rows[begin : begin + len(wanted)] = log_softmax(wanted)
         assert rows is not None  # _generator refuses an empty sequence
         return rows
+
+    def score_answers(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """See Session.score_answers."""
+        generator = self._generator(prompt, len(prompt) + max(map(len, answers)))
+
+        def feed(ids: Sequence[int]) -> np.ndarray:
+            with self._as_model_error():
+                generator.append_tokens(np.array(ids, np.int32))
+                return log_softmax(generator.get_output("logits")[0])
+
+        def feed_at(ids: Sequence[int], at: int) -> np.ndarray:
+            with self._as_model_error():
+                generator.rewind_to(len(prompt) + at)
+            return feed(ids)
+
+        for start in range(0, len(prompt), _CHUNK):
+            last = feed(prompt[start : start + _CHUNK])[-1:]
+        return in_order(last, answers, feed_at)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[int]) -> Iterator[int]:
         """See Session.generate."""

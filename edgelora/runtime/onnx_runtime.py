@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
+from edgelora.runtime.answers import in_order
 from edgelora.runtime.onnx_folder import AGAIN, GRAPH, check_folder, context_length, log_softmax
 from edgelora.runtime.text import FolderText
 from edgelora.size import traffic
@@ -76,22 +76,11 @@ class OnnxSession(FolderText):
         return rows
 
     def score_answers(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """See Session.score_answers. In alphabetical order an answer begins where it parts from the one before."""
+        """See Session.score_answers."""
         feed = self._feeder(len(prompt) + max(map(len, answers)) - 1)
         for start in range(0, len(prompt), _CHUNK):
             last = feed(prompt[start : start + _CHUNK])[-1:]
-        found: list[np.ndarray] = [np.empty(0)] * len(answers)
-        before: list[int] = []
-        kept = _log_softmax(last)  # predictions after the prompt and after each token of `before`
-        for at in sorted(range(len(answers)), key=lambda at: list(answers[at])):
-            answer = list(answers[at])
-            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, answer[:-1], strict=False)))
-            fresh = answer[same:-1]
-            kept = kept[: same + 1]
-            if fresh:
-                kept = np.concatenate([kept, _log_softmax(feed(fresh, len(prompt) + same))])
-            before, found[at] = answer[:-1], kept[np.arange(len(answer)), answer]
-        return found
+        return in_order(log_softmax(last), answers, lambda ids, at: log_softmax(feed(ids, len(prompt) + at)))
 
     def generate(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[int]) -> Iterator[int]:
         """See Session.generate."""
