@@ -197,11 +197,10 @@ def test_a_residual_is_made_once(adapted: Callable[..., Adapted], tmp_path: Path
     assert np.isfinite([float(t.float().abs().max()) for t in load_file(base.folder / "model.safetensors").values()]).all()
 
 
-@pytest.mark.parametrize("variant", ["dora", "pissa"])
-def test_a_gguf_adapter_holds_neither(adapted: Callable[..., Adapted], variant: str, tmp_path: Path) -> None:
+def test_a_gguf_adapter_has_no_place_for_dora(adapted: Callable[..., Adapted], tmp_path: Path) -> None:
     from edgelora.export import gguf_lora
 
-    base, folder = adapted("llama", variant)
-    with pytest.raises(ModelError, match="DoRA trains beside" if variant == "dora" else "residual that PiSSA left") as raised:
-        gguf_lora.write(base.folder, folder, "f16", tmp_path, "tiny", lambda share, what: None)
+    base, folder = adapted("llama", "dora")
+    with pytest.raises(ModelError, match="DoRA trains beside them") as raised:
+        gguf_lora.predict_bytes(base.folder, "q8_0", "tiny", weights=weights.Merged(base.folder, folder, "nf4"))
     assert raised.value.hint == "merge it: export it with --format gguf"
