@@ -300,7 +300,7 @@ def export(
                 notes.append("note: planned on a few texts of our own; with --rows FILE it is planned on yours")
             echo.result({"path": str(path), **facts}, *notes, f"plan: {done.path / budget.PLAN}", f"file: {path}")
             return
-        measured = None if imatrix or not exports.weighed(source.base, section) else importance.find(target, source.key)
+        measured = None if not exports.weighed(source.base, section) or imatrix else importance.find(target, source.key)
         done = exports.export(
             source,
             section,
