@@ -37,7 +37,7 @@ def test_nf4_is_what_training_holds_bit_for_bit(arch: str, tmp_path: Path, monke
     base = tiny_model(arch, tmp_path / "base")
     expected = load.load_base(base, "qlora", torch.float32).dequantize().state_dict()
     source = weights.Merged(base, adapter_for(base, tmp_path / "adapter"), "nf4")
-    source._low_rank.clear()
+    source.low_rank.clear()
     for name, shape in source.shapes.items():
         parts = [source.rows(name, first, last) for first, last in weights.ranges(shape)]
         assert torch.equal(torch.from_numpy(np.concatenate(parts)).reshape(shape), expected[name].float()), name
