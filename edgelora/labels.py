@@ -20,10 +20,16 @@ from edgelora.errors import DataError
 if TYPE_CHECKING:
     from edgelora.data.split import Dataset
 
+_MOST = 1000  # labels; all of them are scored for every row that is judged
+
 
 def check(dataset: Dataset, tokenizer: Any) -> None:
-    """DataError for a label that no training row has, that the base's tokenizer cannot write, or that is the only one."""
+    """DataError for a label that no training row has, that the base's tokenizer cannot write, or that is the only one or one of thousands."""
     known = set(dataset.labels)
+    if len(known) > _MOST:
+        raise DataError(
+            f"the training rows have {len(known)} different labels, more than {_MOST}", "are they answers? write data.task: chat"
+        )
     if len(known) < 2:
         raise DataError(f"every training row has the label {next(iter(known), '')!r}", "a choice needs at least two labels")
     for name, rows in {"valid": dataset.valid, **dataset.held_out}.items():

@@ -73,9 +73,13 @@ def test_the_command_measures_both_merges(finished: Line, tiny_base: Path, tmp_p
     assert losses[made["merge"]["kept"]] == min(losses.values())
     assert {row["rows"] for row in made["merge"]["candidates"]} == {len(CHAT_ROWS)}
     for into in losses:
-        single = edgelora(*line, "--rows", rows, "--base", into, "--name", into, "--json", cwd=tmp_path).document
-        assert "merge" not in single
-        assert (into == made["merge"]["kept"]) is (single["loss"] == made["loss"])
+        done = edgelora(*line, "--rows", rows, "--base", into, "--name", into, "--json", cwd=tmp_path)
+        if into == made["merge"]["kept"]:
+            assert "merge" not in done.document
+            assert done.document["loss"] == made["loss"]
+        else:  # the other one may be too far from the trained model to be written at all
+            assert done.code in (0, 3)
+            assert done.code == 0 or "the culprit is the merge" in done.err
 
 
 def test_the_run_says_which_merge_each_file_has(finished: Line) -> None:
@@ -120,7 +124,8 @@ def test_the_lower_loss_is_kept_unless_it_went_astray() -> None:
     assert kept is worse
     assert why.startswith("the other is further than max_kl = 0.2 from the trained model; loss on valid 1.2125 against 1.1125")
     kept, why = merge.choose([candidate("nf4", [12.0, 11.0, 13.0], 0.01), candidate("16bit", [11.9, 11.1, 12.9], 0.01)], 0.6)
-    assert (kept.base, why[:52]) == ("16bit", "not told apart by these rows, the lower kept: loss on")
+    assert kept.base == "16bit"
+    assert why.startswith("not told apart by these rows, the lower kept: loss on")
 
 
 def test_rows_choose_only_where_there_is_a_choice(finished: Line, model: Tuned) -> None:

@@ -221,7 +221,7 @@ def test_missing_llama3_factors_are_seen(tmp_path: Path, monkeypatch: pytest.Mon
 # ---- the file ----
 
 
-@pytest.mark.parametrize("type", export.TYPES)
+@pytest.mark.parametrize("type", [name for name in export.TYPES if name != "q1_0"])  # rows of 64 do not fit its blocks of 128
 def test_size_is_predicted_to_the_byte(type: str, models: Callable[[str], Path], tmp_path: Path) -> None:
     seen: list[float] = []
     file = export.write(models("llama"), type, tmp_path, "größe", lambda share, what: seen.append(share))

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from edgelora import labels, report
+from edgelora.data.row import Row
+from edgelora.data.split import Dataset
+from edgelora.errors import DataError
 from edgelora.runtime import answers, runtime
 from edgelora.runtime.torch_reference import answer_log_probs
 from tests.line import Line, edgelora, write_recipe
@@ -100,3 +103,10 @@ def test_predict_refuses_labels_of_another_classifier(classified: Line, tmp_path
     file = next(classified.one("gguf-*").glob("*.gguf"))
     done = edgelora("predict", file, "q.jsonl", "-o", "found.jsonl", "--labels", "repair,noise", cwd=tmp_path)
     assert (done.code, done.err) == (2, f"error: --labels: {file.name} was not trained on noise\nits labels: delivery, repair\n")
+
+
+def test_thousands_of_answers_are_no_labels() -> None:
+    rows = tuple(Row((("user", f"question {i}"), ("assistant", f"answer {i}")), i + 1) for i in range(20_000))
+    with pytest.raises(DataError, match="20000 different labels, more than 1000") as caught:
+        labels.check(Dataset(rows, rows[:1], {}, (), ()), None)
+    assert caught.value.hint == "are they answers? write data.task: chat"

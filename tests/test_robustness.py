@@ -208,7 +208,7 @@ def test_a_full_disk_in_the_middle_of_a_run(disk: Disk, tiny_base: Path, tmp_pat
 def test_a_gguf_base_works_from_end_to_end(finished: Line, tmp_path: Path) -> None:
     shutil.copy(finished.one("gguf-*/*.gguf"), tmp_path / "born.gguf")
     write_recipe(tmp_path, "born.gguf")
-    only = ("--set", "exports=[{format: gguf, type: f16}]")
+    only = ("--set", "exports=[{format: gguf, type: f16}]", "--set", "merge.base=nf4")  # the other merge is another model
     plan = edgelora("run", "tiny.yaml", *only, "--dry-run", "--json", cwd=tmp_path).document
     before = finished_folders(tmp_path / "runs" / "tiny")
     assert [name.partition("-")[0] for name in before] == ["base"]
@@ -216,7 +216,7 @@ def test_a_gguf_base_works_from_end_to_end(finished: Line, tmp_path: Path) -> No
     assert before.items() < finished_folders(tmp_path / "runs" / "tiny").items()
     assert document["training"]["total_parameters"] == plan["total_parameters"]
     (file,) = document["files"]
-    assert file["kl"] < 1e-3
+    assert file["kl"] < 1e-2
     assert "The base was a quantized GGUF file; 'the model it was made from' is that file written out in 16 bits." in document["notes"]
     assert damaged(tmp_path / "runs" / "tiny") == []
 
