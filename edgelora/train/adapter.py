@@ -67,9 +67,6 @@ def attach(model: Any, train: recipes.Train, start: Path | None = None) -> Any:
     """`model` with a fresh adapter beside its weights, or with the one in `start` (PEFT's format)."""
     from peft import PeftModel, get_peft_model
 
-    if train.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
     if start is None:
         return get_peft_model(model, config(train))
     return PeftModel.from_pretrained(model, start, is_trainable=True, config=config(train), local_files_only=True)

@@ -39,7 +39,7 @@ def training(folder: Path, train: recipes.Train, tokens: int, lengths: Sequence[
     logits = batch * config["vocab_size"] * 4 * 3 / 2  # about half the tokens are answers; logits, softmax, gradient
     # Forward and backward through frozen weights: 2 each a weight and token; their own gradients are not needed.
     again = 3 / 2 if train.checkpointing else 1
-    compute = 4 * again * total * tokens * train.epochs / (_matmul_rate(load.arithmetic(train.dtype)[0]) * _MATMUL_EFFICIENCY)
+    compute = 4 * again * total * tokens * train.epochs / (_matmul_rate(load.arithmetic(train.dtype)) * _MATMUL_EFFICIENCY)
     launches = len(lengths) / train.batch * train.epochs * layers * _LAUNCH_S[device] * again
     return {
         "peak_gpu_bytes" if device == "cuda" else "peak_rss_bytes": round(

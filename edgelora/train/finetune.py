@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgelora import artifact, labels, machine, models
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data import chat
+from edgelora.data.chat import Encoded
 from edgelora.data.split import Dataset
-from edgelora.errors import DataError, ModelError
-from edgelora.train import adapter, estimate, load
+from edgelora.errors import DataError, ModelError, Unsupported
+from edgelora.train import adapter, estimate, fit, load
+
+if TYPE_CHECKING:
+    from edgelora.train import loop
 
 Progress = Callable[[float, str], None]
 _CHECKPOINTS = "checkpoints"
@@ -50,11 +54,11 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     import torch
     from transformers import EarlyStoppingCallback, set_seed
 
-    from edgelora.train import loop
+    from edgelora.train import attention, loop
 
     train = recipe.train
     torch.set_num_threads(recipe.threads or machine.cores())
-    dtype, note = load.arithmetic(train.dtype)
+    dtype = load.arithmetic(train.dtype)
     tokenizer = models.open_tokenizer(base.folder)
     rows = [ids for _, ids in chat.encode_all(tokenizer, dataset.train, train.max_tokens)]
     valid = [ids for _, ids in chat.encode_all(tokenizer, dataset.selecting, train.max_tokens)]
@@ -62,7 +66,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
         raise DataError(f"nearly every row is longer than train.max_tokens = {train.max_tokens}", "raise train.max_tokens")
     if recipe.data.task == "classify":
         labels.check(dataset, tokenizer)
-    notes = [note] if note else []
+    notes = _other_attempts(folder)
     if left_out := len(dataset.train) - len(rows):
         notes.append(f"{left_out} training rows longer than train.max_tokens = {train.max_tokens} left out")
     tokens = sum(len(row.ids) for row in rows)
@@ -70,20 +74,13 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
 
     started = time.monotonic()
     set_seed(recipe.seed)
-    loaded = load.load_base(base.folder, train.method, dtype, load.attention(max(len(row.ids) for row in rows)))
-    model = adapter.attach(loaded, train, base.start)
-    arguments = _arguments(recipe, folder / _CHECKPOINTS, dtype)
-    watch = loop.Watch(progress)
-    trainer = loop.AnswerTrainer(
-        model=model,
-        args=arguments,
-        optimizers=(adapter.optimizer(model, train, arguments), None),
-        train_dataset=loop.examples(rows),
-        eval_dataset=loop.examples(valid),
-        data_collator=loop.Collator(tokenizer.pad_token_id),
+    attention.register()
+    model = adapter.attach(load.load_base(base.folder, train.method, dtype, attention.NAME), train, base.start)
+    watch = loop.Watch(progress, tokens)
+    trainer = make_trainer(
+        recipe, model, rows, valid, folder / _CHECKPOINTS, dtype,
         callbacks=[watch, *([EarlyStoppingCallback(train.patience)] if train.patience else [])],
-    )
-    _quiet(trainer)
+    )  # fmt: skip
     resumed = _last_checkpoint(folder / _CHECKPOINTS)
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -107,6 +104,9 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
         "data": {"data_licence": recipe.data.licence, "data_attribution": recipe.data.attribution},
         "dtype": str(dtype).removeprefix("torch."),
         "device": load.device(),
+        "kernels": "plain: " + str(trainer.obstacle) if trainer.obstacle else "fused",
+        "rows_at_once": trainer.args.per_device_train_batch_size,
+        "recomputed_layers": trainer.recomputed,
         "trained_parameters": trained,
         "total_parameters": total,
         "trained_share": trained / total,
@@ -129,7 +129,61 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     }
 
 
-def _arguments(recipe: recipes.Recipe, folder: Path, dtype: Any) -> Any:
+def make_trainer(
+    recipe: recipes.Recipe,
+    model: Any,
+    rows: Sequence[Encoded],
+    valid: Sequence[Encoded],
+    folder: Path,
+    dtype: Any,
+    *,
+    callbacks: Sequence[Any] = (),
+) -> loop.AnswerTrainer:
+    """The trainer of a peft model: how much at once, which layers, which arithmetic are decided here.
+
+    Where the layers can be replaced by `layer.Layer` they are; else transformers' and peft's own run, in bf16 or fp16 under autocast.
+    """
+    import torch
+
+    from edgelora.train import layer, loop, packing
+
+    train, cuda = recipe.train, load.device() == "cuda"
+    lengths = [len(row.ids) for row in rows]
+    longest = max([*lengths, *(len(row.ids) for row in valid)])
+    obstacle = "train.dtype fp16" if dtype == torch.float16 else layer.obstacle(model)
+    cut = fit.Cut(train.batch, train.accumulate, keep=True, recompute=model.config.num_hidden_layers if train.checkpointing else 0)
+    layers = None
+    if obstacle is None:
+        if cuda:
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0]
+            cut = fit.cut(layer.shape(model), lengths, train.batch, train.accumulate, free, recompute=train.checkpointing)
+        layers = layer.replace(model, dtype, keep=cut.keep, recompute=cut.recompute)
+    elif train.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    recorded = cuda and layers is not None and cut.keep and layer.records(model)
+    arguments = _arguments(recipe, folder, cut, dtype if layers is None else torch.float32)
+    if arguments.world_size > 1:  # the loss goes around the wrapper that would average gradients
+        raise Unsupported("training in several processes is not supported yet", "start it without a launcher, on one device")
+    made = loop.AnswerTrainer(
+        model=model,
+        args=arguments,
+        optimizers=(adapter.optimizer(model, train, arguments), None),
+        rows=rows,
+        valid=valid,
+        collator=packing.Collator(longest, even=recorded),
+        layers=layers,
+        recorded=recorded,
+        callbacks=list(callbacks),
+    )
+    made.obstacle, made.recomputed = obstacle, cut.recompute
+    _quiet(made)
+    return made
+
+
+def _arguments(recipe: recipes.Recipe, folder: Path, cut: fit.Cut, autocast: Any) -> Any:
+    """`autocast`: the dtype that products are cast to where layers hold several; fp32 for none."""
     import torch
     from transformers import TrainingArguments
 
@@ -137,20 +191,20 @@ def _arguments(recipe: recipes.Recipe, folder: Path, dtype: Any) -> Any:
     on_cpu = load.device() == "cpu"
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=train.batch,
-        per_device_eval_batch_size=train.batch,
-        gradient_accumulation_steps=train.accumulate,
+        per_device_train_batch_size=cut.rows,
+        per_device_eval_batch_size=cut.rows,
+        gradient_accumulation_steps=cut.steps,
         num_train_epochs=train.epochs,
         learning_rate=train.lr,
         lr_scheduler_type=train.schedule,
         warmup_steps=train.warmup,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
+        bf16=autocast == torch.bfloat16,
+        fp16=autocast == torch.float16,
         use_cpu=on_cpu,
         optim="adamw_torch" if on_cpu else "adamw_torch_fused",
         seed=recipe.seed,
         data_seed=recipe.seed,
-        train_sampling_strategy="group_by_length",
+        logging_strategy="steps" if on_cpu else "no",  # on a GPU `loop.Watch` says when
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="epoch",
@@ -172,6 +226,12 @@ def _quiet(trainer: Any) -> None:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+
+
+def _other_attempts(folder: Path) -> list[str]:
+    """What was begun beside `folder` with another recipe, base or data: it cannot be continued, and that is said."""
+    others = [p for p in sorted(folder.parent.glob(".adapter-*.partial")) if p != folder and (p / _CHECKPOINTS).is_dir()]
+    return [f"{p.name} holds an interrupted training of another recipe, base or data: not continued" for p in others]
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from edgelora.errors import ModelError, Unsupported
 
 Method = Literal["qlora", "lora"]
-_SHORT_ROW = 256  # tokens
 
 
 def device() -> str:
@@ -17,11 +17,15 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def arithmetic(wish: str) -> tuple[Any, str]:
-    """The torch dtype that training computes in here, and a note when it is not the one that was asked for.
+def own_device() -> str:
+    """The device of this process: of several on one machine each has its own GPU, as accelerate numbers them."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device() == "cuda" else "cpu"
 
-    fp16 needs a loss scaler and kernels that only GPUs have; on a CPU the same recipe runs in bf16, or in fp32 where
-    the processor has no bf16 instructions (there bf16 is emulated and slower).
+
+def arithmetic(wish: str) -> Any:
+    """The torch dtype that training computes in; Unsupported when this machine cannot compute in the one asked for.
+
+    `auto` is bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU (there bf16 would be emulated and slower).
     """
     import torch
 
@@ -34,29 +38,19 @@ def arithmetic(wish: str) -> tuple[Any, str]:
         else bool({"avx512_bf16", "amx_bf16", "bf16"} & set(machine.cpu_features()))
     )
     if wish == "auto":
-        return (torch.bfloat16 if bf16 else torch.float16 if on_gpu else torch.float32), ""
+        return torch.bfloat16 if bf16 else torch.float16 if on_gpu else torch.float32
     if wish == "fp16" and not on_gpu:
-        name = "bf16" if bf16 else "fp32"
-        return (torch.bfloat16 if bf16 else torch.float32), f"dtype fp16 needs a GPU; this CPU trains in {name}"
+        raise Unsupported("train.dtype fp16 needs a GPU: it wants a loss scaler and kernels that CPUs lack", "write dtype: auto")
     if wish == "bf16" and on_gpu and not bf16:
         raise Unsupported("train.dtype bf16: this GPU has no bf16 arithmetic", "write dtype: fp16, or auto")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wish], ""
-
-
-def attention(longest: int) -> str:
-    """Which of transformers' attentions trains fastest here for rows of at most `longest` tokens.
-
-    On a CPU the backward pass of the fused one costs more than all matrix products of short rows together
-    (SmolLM2-135M, 16 rows of 70 tokens: 153 tokens a CPU-second against 214); long rows need its memory savings.
-    """
-    return "eager" if device() == "cpu" and longest <= _SHORT_ROW else "sdpa"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wish]
 
 
 def load_base(folder: Path, method: Method, dtype: Any, attention: str = "sdpa") -> Any:
     """A base on this machine's device, ready for an adapter. `qlora`: NF4 with double quantization (Dettmers et al. 2023)."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": dtype, "device_map": device(), "local_files_only": True, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": own_device()}, "local_files_only": True, "attn_implementation": attention}
     if method == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

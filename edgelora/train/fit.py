@@ -1,0 +1,77 @@
+"""How a step is cut so that it fits a GPU's free memory: rows at once, weights written out or not, layers recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgelora.errors import EdgeloraError
+from edgelora.train.packing import deal, rounded_up
+
+_SHARE = 0.85  # of the free memory that is planned with
+_HEAD_BYTES = 1.2e9  # logits of one piece and what the loss makes of them
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a decoder counts here: sizes in elements, `linear` the weights of all its linear layers."""
+
+    layers: int
+    hidden: int
+    inner: int
+    attention: int  # heads x head size
+    keys: int  # key heads x head size
+    linear: int
+
+    @property
+    def token_bytes(self) -> int:
+        """What one layer keeps of a token, in 16 bits: its input, the sum in the middle, q k v, the attention's output, gate and up."""
+        return 2 * (2 * self.hidden + 2 * self.attention + 2 * self.keys + 2 * self.inner) + 4 * self.attention // 64 + 512
+
+    @property
+    def passing_bytes(self) -> int:
+        """What the backward pass of one layer holds of a token beside that."""
+        return 2 * (5 * self.inner + 6 * self.hidden)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`rows` at once, `steps` times; weights written out in 16 bits (`keep`); the first `recompute` layers keep only their input."""
+
+    rows: int
+    steps: int
+    keep: bool
+    recompute: int
+
+
+def cut(shape: Shape, lengths: Sequence[int], rows: int, steps: int, free: float, *, recompute: bool = False) -> Cut:
+    """The fastest way to train on rows x steps rows before each update: as many at once as fit, before anything is recomputed.
+
+    `free` is the memory (bytes) left beside the base as loaded. EdgeloraError when not even one row at a time fits.
+    """
+    together = rows * steps
+    written = 2.0 * shape.linear
+    budget = free * _SHARE - _HEAD_BYTES
+    for keep in (True, False):
+        for count in (n for n in range(together, 0, -1) if together % n == 0):
+            most = rounded_up(max(sum(lengths[i] for i in batch) for batch in deal(lengths, count)))
+            room = budget - most * (shape.passing_bytes + 8 * shape.hidden) - (written if keep else written / shape.layers)
+            layers = shape.layers if recompute else _recomputed(shape, most, room)
+            if layers == 0 or (recompute and room >= most * shape.layers * 2 * shape.hidden):
+                return Cut(count, together // count, keep, layers)
+    longest = rounded_up(max(lengths))
+    room = budget - longest * (shape.passing_bytes + 8 * shape.hidden) - written / shape.layers
+    layers = _recomputed(shape, longest, room)
+    if layers > shape.layers:
+        raise EdgeloraError(
+            f"one row of {longest} tokens does not fit the {free / 1e9:.1f} GB that the GPU has free beside the base",
+            "shorten train.max_tokens, or take a smaller base",
+        )
+    return Cut(1, together, False, layers)
+
+
+def _recomputed(shape: Shape, tokens: int, room: float) -> int:
+    """How many layers have to be recomputed for the rest to fit into `room`; more than there are when nothing helps."""
+    lacking = tokens * shape.layers * shape.token_bytes - room
+    saved = tokens * (shape.token_bytes - 2 * shape.hidden)
+    return max(0, -int(-lacking // saved)) if lacking > 0 else 0

@@ -1,0 +1,136 @@
+"""Rows laid end to end: a batch is one long row of documents, without padding between them.
+
+The recipe's rows a step stay exactly that; they are dealt so that all batches hold nearly the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edgelora.data.chat import Encoded
+
+_WINDOW = 64  # batches dealt at once: enough for even sums, few enough that every epoch mixes the rows anew
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a batch begin: `starts` int32 (documents + 1,), the last entry the number of tokens; no document is longer than `longest`."""
+
+    starts: torch.Tensor
+    longest: int
+
+    @functools.cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """(begin, end) of every document that is not empty. On a GPU this waits for the device."""
+        ends = self.starts.tolist()
+        return [(begin, end) for begin, end in itertools.pairwise(ends) if end > begin]
+
+
+class Collator:
+    """Lay rows of `Encoded` end to end.
+
+    `input_ids` and `position_ids` int64 (1, tokens), positions counted anew in every document; `starts` int32 (documents + 1,);
+    `predict` int64 (answers,): the positions whose next token is trained, and `labels` int64 (answers,): those tokens. Both begin with
+    an entry that does not count (-100), because the Trainer leaves out a first label when it counts.
+
+    With `even` the sizes are rounded up to a few fixed ones, so that a recorded CUDA graph serves many batches: documents of padding
+    at the end, labels of -100, none of which changes a loss or a gradient.
+    """
+
+    def __init__(self, longest: int, *, pad_id: int = 0, even: bool = False) -> None:
+        self.longest, self.pad_id, self.even = longest, pad_id, even
+
+    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
+        lengths = [len(row.ids) for row in rows]
+        ends = list(itertools.accumulate(lengths))
+        trained = torch.tensor([t for row in rows for t in (False, *row.trained[1:])])
+        at = trained.nonzero()[:, 0]
+        tokens, answers, documents = ends[-1], len(at) + 1, len(rows)
+        if self.even:
+            tokens, answers = rounded_up(tokens), rounded_up(answers)
+            while ends[-1] < tokens:
+                lengths.append(min(self.longest, tokens - ends[-1]))
+                ends.append(ends[-1] + lengths[-1])
+            documents = len(rows) + 1 + -(-max(64, tokens // 16) // self.longest)  # those of padding included, however many there are
+        ids = torch.full((tokens,), self.pad_id)
+        ids[: len(trained)] = torch.tensor([token for row in rows for token in row.ids])
+        starts = torch.full((documents + 1,), tokens, dtype=torch.int32)
+        starts[: len(ends)] = torch.tensor([0, *ends[:-1]])
+        predict, labels = torch.zeros(answers, dtype=torch.int64), torch.full((answers,), -100)
+        predict[1 : len(at) + 1], labels[1 : len(at) + 1] = at - 1, ids[at]
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        return {
+            "input_ids": ids.unsqueeze(0),
+            "position_ids": positions.unsqueeze(0),
+            "starts": starts,
+            "predict": predict,
+            "labels": labels,
+        }
+
+
+def rounded_up(count: int) -> int:
+    """The next multiple of a sixteenth of the power of two below `count` (at least 64): at most 6 % more."""
+    step = max(64, 1 << max(0, count.bit_length() - 1 - 4))
+    return -(-count // step) * step
+
+
+def deal(lengths: Sequence[int], batch: int, generator: torch.Generator | None = None) -> list[list[int]]:
+    """Every index once, in batches of `batch` rows (the last may be smaller) whose token sums are nearly equal.
+
+    Rows are drawn at random into windows of batches; within one, each round gives the longest rows left to the batches with
+    the fewest tokens. Without a generator the order is the given one.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist() if generator is not None else list(range(len(lengths)))
+    batches: list[list[int]] = []
+    for begin in range(0, len(order), _WINDOW * batch):
+        window = order[begin : begin + _WINDOW * batch]
+        full = len(window) // batch
+        batches += _dealt(lengths, window[: full * batch], full)
+        if rest := window[full * batch :]:
+            batches.append(rest)
+    return batches
+
+
+def _dealt(lengths: Sequence[int], rows: Sequence[int], count: int) -> list[list[int]]:
+    """`rows` in `count` batches of as many rows each."""
+    if not count:
+        return []
+    by_length = sorted(rows, key=lambda row: -lengths[row])  # stable: rows of one length keep their random order
+    batches: list[list[int]] = [[] for _ in range(count)]
+    sums = [0] * count
+    for begin in range(0, len(by_length), count):
+        poorest = sorted(range(count), key=sums.__getitem__)
+        for place, row in zip(poorest, by_length[begin : begin + count], strict=True):
+            batches[place].append(row)
+            sums[place] += lengths[row]
+    return batches
+
+
+class Sampler(torch.utils.data.Sampler[int]):
+    """Row numbers of one epoch, such that every run of `batch` of them is a batch of `deal`. The order depends on seed and epoch alone,
+    so a run that is resumed in the middle of an epoch sees the rows that are left."""
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        batches = deal(self.lengths, self.batch, generator)
+        whole = [batch for batch in batches if len(batch) == self.batch]
+        for index in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[index]
+        for batch in batches:
+            if len(batch) < self.batch:
+                yield from batch
