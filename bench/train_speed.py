@@ -111,7 +111,7 @@ def ours(shape: str, batch: int, tokens: int, steps: int, warmup: int, folder: P
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.load_best_model_at_end = False
     trainer.train()
-    rates = [(b - a) * batch * tokens / (y - x) for a, b, x, y in zip(read, read[1:], times, times[1:], strict=True)]
+    rates = [(b - a) * batch * tokens / (y - x) for a, b, x, y in zip(read, read[1:], times, times[1:], strict=False)]
     args = trainer.args
     return {
         "tok_per_s": statistics.median(rates),

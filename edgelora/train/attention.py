@@ -54,7 +54,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         docs, scale, window, saved = ctx.rest
-        return (*backward(grads[0].contiguous(), *ctx.saved_tensors, docs, scale, window, saved), None, None, None)
+        q, k, v, out = ctx.saved_tensors
+        return (*backward(grads[0].contiguous(), q, k, v, out, docs, scale, window, saved), None, None, None)
 
 
 def forward(

@@ -131,9 +131,7 @@ def _rms_norm_backward(X, W, G, R, DX, Y, r_stride, d_stride, width, eps, AGAIN:
 
 
 @triton.jit
-def _rotate(
-    X, Y, COS, SIN, x_stride, y_stride, heads, sign, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, TURN: tl.constexpr
-):  # type: ignore[no-untyped-def]
+def _rotate(X, Y, COS, SIN, x_stride, y_stride, heads, sign, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, TURN: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)[None, :]
     head = tl.arange(0, HEADS)[:, None]

@@ -29,7 +29,7 @@ def obstacle(model: Any) -> str | None:
     config = base.config
     if config.model_type not in _KINDS:
         return f"model type {config.model_type}"
-    if config.hidden_act not in ("silu", "swish") or getattr(config, "attention_dropout", 0.0):
+    if config.hidden_act not in ("silu", "swish") or getattr(config, "attention_dropout", None):
         return "its activation or attention dropout"
     for name, module in base.named_modules():
         if hasattr(module, "base_layer"):
@@ -163,10 +163,12 @@ class Layer:
         # The first half: middle = x + o(attention(q, k, v)).
         da, low = self.o.backward(buffer)
         found_o = self.o.backward_adapter(buffer, attended.view(tokens, -1), low_o, low)
-        d = attention.backward(da.view(attended.shape), *heads, attended, docs, self.scale, self.window, kept)
+        q, k, v = heads
+        d = attention.backward(da.view(attended.shape), q, k, v, attended, docs, self.scale, self.window, kept)
         buffer = self.qkv.gradients(tokens)
-        elementwise.join_heads(*d, *((cos, sin) if self.rotates else (None, None)), buffer)
-        del d, da, heads, attended, kept
+        dq, dk, dv = d
+        elementwise.join_heads(dq, dk, dv, cos if self.rotates else None, sin if self.rotates else None, buffer)
+        del d, dq, dk, dv, q, k, v, da, heads, attended, kept
         dn, low = self.qkv.backward(buffer, need_input=need_input)
         again = torch.empty_like(x) if self.qkv.rank else None
         dx = None
