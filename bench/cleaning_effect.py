@@ -181,7 +181,7 @@ def _nats(base: Path, adapter: Path | None, method: Any, rows: list[Any]) -> lis
 
     from edgelora.train import load
 
-    model = load.load_base(base, method, load.arithmetic("auto")[0])
+    model = load.load_base(base, method, load.arithmetic("auto"))
     if adapter is not None:
         from peft import PeftModel
 
