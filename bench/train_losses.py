@@ -20,7 +20,7 @@ import torch
 from edgelora import machine, models
 from edgelora import recipe as recipes
 from edgelora.data import chat, split
-from edgelora.train import attention, finetune, layer, load, loop, packing
+from edgelora.train import adapter, attention, layer, load, loop, packing
 from edgelora.train.graph import Recorder
 
 
@@ -41,7 +41,7 @@ def main() -> None:
 
     def model(dtype: Any) -> Any:
         torch.manual_seed(0)
-        return finetune._with_adapter(load.load_base(base.folder, "qlora", dtype, attention.NAME), recipe.train)
+        return adapter.attach(load.load_base(base.folder, "qlora", dtype, attention.NAME), recipe.train)
 
     reference, plain, fast = model(torch.float32), model(torch.bfloat16), model(torch.bfloat16)
     layers = layer.replace(fast, torch.bfloat16, keep=True)

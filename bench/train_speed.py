@@ -27,7 +27,7 @@ from torch import nn
 from edgelora import machine
 from edgelora import recipe as recipes
 from edgelora.data.chat import Encoded
-from edgelora.train import attention, finetune, loop
+from edgelora.train import adapter, attention, finetune, loop
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
@@ -88,7 +88,7 @@ def ours(shape: str, batch: int, tokens: int, steps: int, warmup: int, folder: P
 
     train = recipes.Train(batch=batch, accumulate=1, max_tokens=tokens, epochs=1.0, patience=0, dtype="bf16")
     recipe = recipes.Recipe(name="bench", base="random", data=recipes.Data(train="random"), train=train)
-    model = finetune._with_adapter(build(shape), train)
+    model = adapter.attach(build(shape), train)
     rows = rows_of(batch * (steps + warmup), tokens, SHAPES[shape]["vocab_size"])
     times: list[float] = []
     read = [warmup + steps * part // 3 for part in range(4)]  # the steps after which the clock is read
@@ -133,7 +133,7 @@ def rival(shape: str, micro: int, total: int, tokens: int, steps: int, warmup: i
     getattr(liger, f"apply_liger_kernel_to_{family}")()
     model = build(shape)
     model.get_decoder().config._attn_implementation = model.config._attn_implementation = "sdpa"
-    model = finetune._with_adapter(model, recipes.Train())
+    model = adapter.attach(model, recipes.Train())
     if compiled:
         for decoder_layer in model.get_base_model().get_decoder().layers:
             decoder_layer.compile()

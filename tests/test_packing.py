@@ -12,7 +12,7 @@ import torch
 from edgelora import recipe as recipes
 from edgelora.data.chat import Encoded
 from edgelora.errors import EdgeloraError
-from edgelora.train import attention, finetune, fit, layer, load, loop, packing
+from edgelora.train import adapter, attention, fit, layer, load, loop, packing
 from edgelora.train.loss import SummedLoss
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
@@ -29,7 +29,7 @@ def adapted(folder: Path, method: Any = "lora", dtype: torch.dtype = torch.float
     """A peft model whose B is not zero, so that A has a gradient too."""
     attention.register()
     torch.manual_seed(1)
-    model = finetune._with_adapter(
+    model = adapter.attach(
         load.load_base(folder, method, dtype, attention.NAME), recipes.Train(method=method, r=4, alpha=8, targets=targets)
     )
     for name, parameter in model.named_parameters():
