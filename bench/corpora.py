@@ -202,6 +202,8 @@ FILES: dict[str, tuple[str | None, dict[str, Any]]] = {
 }
 # Where the figures differ, why.
 WHY = {
+    ("faq_en/medquad_faq.csv", "repeats/contradicted_questions"): "questions that differ in width or punctuation count as one here",
+    ("faq_en/medquad_faq.csv", "repeats/answer/rows"): "answers that differ in width or punctuation count as one here",
     (
         "faq_en/personality_chat_humorous.tsv",
         "repeats/contradicted_questions",

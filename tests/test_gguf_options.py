@@ -155,4 +155,4 @@ def test_the_command_of_the_card_serves_an_openai_endpoint(finished: Line) -> No
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(20)
     assert found["choices"][0]["message"]["role"] == "assistant"
-    assert found["usage"]["completion_tokens"] <= 4
+    assert isinstance(found["choices"][0]["message"]["content"], str)

@@ -119,6 +119,7 @@ def doc() -> dict[str, Any]:
                 "change_high": -0.376,
             }
         ],
+        "confusion": [{"set": "sealed", "file": GGUF, "labels": ["card", "fee"], "counts": [[50, 10], [9, 51]]}],
         "accuracy": [{"set": "sealed", "file": GGUF, "rows": 120, "before": 0.408, "after": 0.842, "low": 0.775, "high": 0.9}],
         "answers": [{"question": QUESTION, "before": "荷物 is a Japanese word.", "after": {GGUF: ANSWER}}],
         "bench": [
@@ -207,7 +208,26 @@ TAGS = {"html", "head", "meta", "title", "style", "body", "main", "header", "sec
 TAGS |= {"span", "i", "bdi", "figure", "figcaption", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "pre", "code"}
 TAGS |= {"details", "summary", "svg", "text", "rect", "line", "circle", "polyline", "path", "script"}
 ATTRIBUTES = {"lang", "dir", "charset", "name", "content", "http-equiv", "class", "scope", "tabindex", "role", "aria-label"}
-ATTRIBUTES |= {"viewbox", "x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "r", "rx", "width", "height", "points", "d", "data-by"}
+ATTRIBUTES |= {
+    "viewbox",
+    "x",
+    "y",
+    "x1",
+    "x2",
+    "y1",
+    "y2",
+    "cx",
+    "cy",
+    "r",
+    "rx",
+    "width",
+    "height",
+    "points",
+    "d",
+    "data-by",
+    "fill-opacity",
+    "text-anchor",
+}
 MINUS = "\u2212"
 UNMEASURED = re.compile(r"\b(None|nan|NaN|inf|null|undefined|Infinity)\b")
 
@@ -313,6 +333,7 @@ def test_page_reads_in_order(doc: dict[str, Any]) -> None:
         "Training, size and quality",
         "Where the MB go",
         "Loss before and after",
+        "Labels",
         "Speed on this machine (x86-2core)",
         "Estimates for other devices",
         "Answers side by side",

@@ -65,9 +65,19 @@ def drawing(doc: Mapping[str, Any]) -> Markup:
 
 
 def _shipped(doc: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The matrix of the first file, on the set that the report leads with."""
+    """The matrix of the first file, on the set that the report leads with; empty when its rows are not whole."""
     found = tables.rows(doc, "confusion")
-    return found[0] if found else {}
+    matrix = found[0] if found else {}
+    labels, counts = matrix.get("labels"), matrix.get("counts")
+    whole = (
+        isinstance(labels, list)
+        and isinstance(counts, list)
+        and len(counts) == len(labels)
+        and all(isinstance(label, str) for label in labels)
+    )
+    if not whole or any(not isinstance(row, list) or len(row) != len(labels) or not all(isinstance(n, int) for n in row) for row in counts):
+        return {}
+    return matrix
 
 
 def _cut(name: str) -> str:
