@@ -69,13 +69,10 @@ def _shipped(doc: Mapping[str, Any]) -> Mapping[str, Any]:
     found = tables.rows(doc, "confusion")
     matrix = found[0] if found else {}
     labels, counts = matrix.get("labels"), matrix.get("counts")
-    whole = (
-        isinstance(labels, list)
-        and isinstance(counts, list)
-        and len(counts) == len(labels)
-        and all(isinstance(label, str) for label in labels)
-    )
-    if not whole or any(not isinstance(row, list) or len(row) != len(labels) or not all(isinstance(n, int) for n in row) for row in counts):
+    if not isinstance(labels, list) or not isinstance(counts, list) or len(counts) != len(labels):
+        return {}
+    rows_whole = all(isinstance(row, list) and len(row) == len(labels) and all(isinstance(n, int) for n in row) for row in counts)
+    if not rows_whole or not all(isinstance(label, str) for label in labels):
         return {}
     return matrix
 
