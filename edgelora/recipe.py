@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from edgelora import settings
 from edgelora.errors import RecipeError
 
-_MAX_BYTES = 1 << 20
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(B|kB|KB|MB|GB|KiB|MiB|GiB)\s*$")
 _UNITS = {"B": 1, "kB": 1000, "KB": 1000, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -197,16 +195,16 @@ def locate(path: Path) -> Path:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply ``key.sub=value`` overrides; RecipeError lists every problem found."""
-    values = _read(path)
+    values = settings.read(path)
     for item in overrides:
-        _set(values, item, *_override(item))
+        settings.override(values, item)
     values.setdefault("name", path.stem)
     return parse(values, folder=path.parent, source=str(path))
 
 
 def load_budgets(path: Path) -> dict[str, Any]:
     """The budgets of a YAML file that holds them alone, or under `budgets:` as a recipe does. RecipeError when it is neither."""
-    values = _read(path)
+    values = settings.read(path)
     budgets = values.get("budgets", values if "base" not in values else {})
     if not isinstance(budgets, dict) or not budgets:
         raise RecipeError(f"{path} names no budgets", "for instance `size: 130MB` on a line of its own")
@@ -215,39 +213,16 @@ def load_budgets(path: Path) -> dict[str, Any]:
 
 def load_mapping(path: Path) -> dict[str, str]:
     """A YAML file of words and what to write instead. RecipeError when it is something else."""
-    values = _read(path)
+    values = settings.read(path)
     if not all(isinstance(key, str) and isinstance(value, str) for key, value in values.items()):
         raise RecipeError(f"{path}: every line should be one word and the one to use", "for instance サーバ: サーバー")
-    return values
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    """The mapping in a small YAML file."""
-    import yaml
-
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise RecipeError(f"{path} is larger than 1 MiB", "a recipe is a short YAML file")
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}", _neighbours(path)) from error
-    try:
-        values = yaml.load(text, Loader=_plain_loader())
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(
-            f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}", "check the indentation and quotes at that line"
-        ) from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} holds no settings", "start from a recipe that `edgelora init` writes")
     return values
 
 
 def parse(values: Mapping[str, Any], *, folder: Path = Path(), source: str = "the recipe") -> Recipe:
     """Build a Recipe from plain values; RecipeError lists every problem found."""
     problems: list[str] = []
-    recipe = _dataclass(Recipe, values, "", problems)
+    recipe = settings.build(Recipe, values, "", problems)
     if recipe is not None:
         recipe = dataclasses.replace(recipe, folder=folder)
         problems += _limits(recipe)
@@ -263,7 +238,7 @@ def as_dict(section: Any) -> dict[str, Any]:
     """A section as plain JSON values, without the recipe's folder: two machines must agree on it."""
     values = dataclasses.asdict(section)
     values.pop("folder", None)
-    return typing.cast("dict[str, Any]", _plain(values))
+    return typing.cast("dict[str, Any]", settings.plain(values))
 
 
 def size_bytes(text: str | int) -> int:
@@ -343,141 +318,3 @@ def budget_problem(section: Export) -> str | None:
         except ValueError as error:
             return f"max_size: {error}"
     return None
-
-
-def _dataclass(cls: type, values: Any, where: str, problems: list[str]) -> Any:
-    if not isinstance(values, Mapping):
-        problems.append(f"{where or 'recipe'}: expected settings, found {values!r}")
-        return None
-    fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("internal")}
-    hints = typing.get_type_hints(cls)
-    before = len(problems)
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            guess = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            problems.append(f"{where}{key}: unknown key; {guess}")
-    made = {}
-    for name, spec in fields.items():
-        if name in values:
-            made[name] = _value(hints[name], values[name], f"{where}{name}", problems)
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            problems.append(f"{where}{name}: missing; it has no default")
-    return cls(**made) if len(problems) == before else None
-
-
-def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        options = [a for a in args if a is not type(None)]
-        for option in options:
-            attempt: list[str] = []
-            result = _value(option, value, where, attempt)
-            if not attempt:
-                return result
-        problems.extend(attempt)
-        return None
-    if dataclasses.is_dataclass(hint):
-        return _dataclass(typing.cast(type, hint), value, f"{where}.", problems)
-    if origin is Literal:
-        if value not in args:
-            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-            problems.append(
-                f"{where}: {value!r} is not one of {', '.join(map(str, args))}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            problems.append(f"{where}: expected a list, found {value!r}")
-            return None
-        return tuple(_value(args[0], item, f"{where}[{i}]", problems) for i, item in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            problems.append(f"{where}: expected names and values, found {value!r}")
-            return None
-        return {str(k): (v if args[1] is Any else _value(args[1], v, f"{where}.{k}", problems)) for k, v in value.items()}
-    return _scalar(hint, value, where, problems)
-
-
-def _scalar(hint: type, value: Any, where: str, problems: list[str]) -> Any:
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 2e-4 as text
-            number = float(value)
-            if number == number and abs(number) != float("inf"):
-                return number
-        except ValueError:
-            pass
-    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    name = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}[hint]
-    problems.append(f"{where}: {value!r} is not {name}")
-    return None
-
-
-def _override(item: str) -> tuple[list[str], Any]:
-    import yaml
-
-    key, sign, text = item.partition("=")
-    if not sign or not key:
-        raise RecipeError(f"--set {item!r} is not KEY=VALUE", "for instance --set train.lr=2e-4")
-    try:
-        return key.split("."), yaml.load(text, Loader=_plain_loader())
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"--set {item!r} is not valid YAML: {' '.join(str(error).split())[:300]}", "quote the value") from error
-
-
-def _set(values: Any, item: str, keys: list[str], value: Any) -> None:
-    """Put `value` at ``a.b.0.c`` of nested dictionaries and lists."""
-    for depth, key in enumerate(keys):
-        place: Any = key
-        if isinstance(values, list):
-            if not key.isdigit() or int(key) >= len(values):
-                raise RecipeError(f"--set {item}: {'.'.join(keys[:depth])} has {len(values)} entries, none is {key!r}", "count from 0")
-            place = int(key)
-        elif not isinstance(values, dict):
-            raise RecipeError(f"--set {item}: {'.'.join(keys[:depth])} is a value, not a section", "name a key of the recipe")
-        if depth == len(keys) - 1:
-            values[place] = value
-        else:
-            if isinstance(values, dict) and values.get(place) is None:
-                values[place] = {}
-            values = values[place]
-
-
-def _plain_loader() -> type:
-    """YAML's safe loader without anchors, aliases and repeated keys: what you read is what you get."""
-    import yaml
-
-    class Plain(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            event = self.peek_event()
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise yaml.YAMLError(f"anchors and aliases are not allowed (line {event.start_mark.line + 1})")
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen = set()
-            for key_node, _ in node.value:
-                if key_node.value in seen:
-                    raise yaml.YAMLError(f"the key {key_node.value!r} stands twice (line {key_node.start_mark.line + 1})")
-                if isinstance(key_node.value, str):
-                    seen.add(key_node.value)
-            return super().construct_mapping(node, deep)
-
-    return Plain
-
-
-def _neighbours(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path()
-    near = difflib.get_close_matches(path.name, sorted(p.name for p in folder.glob("*.y*ml")), n=3)
-    return f"did you mean {', '.join(str(path.parent / n) for n in near)}?" if near else "write one with `edgelora init DATA`"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
