@@ -243,6 +243,15 @@ def find(out: Path, name: str) -> Path | None:
     return next((path for path in sorted(out.glob(f"*/{glob.escape(name)}")) if (path.parent / MANIFEST).is_file()), None)
 
 
+def measured_on(out: Path, kind: str, model_key: str) -> Artifact | None:
+    """The artifact of a kind below `out` that was measured on the model with content `model_key`, None when there is none."""
+    for manifest in sorted(out.glob(f"*{kind}-*/{MANIFEST}")):
+        made = load(manifest.parent)
+        if made.kind == kind and made.made_from.get("model") == model_key:
+            return made
+    return None
+
+
 def _free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent

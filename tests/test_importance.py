@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from edgelora import artifact
 from edgelora import recipe as recipes
 from edgelora.data.chat import Encoded
 from edgelora.data.row import Row
@@ -90,8 +91,12 @@ def test_the_stage_reads_train_rows_once(tmp_path: Path) -> None:
     assert made.rows == {"train": "train"}
     assert made.facts["rows"] == 8
     assert made.facts["answer_tokens"] < made.facts["tokens"]
-    assert importance.find(tmp_path, "key") == importance.measure(folder, "key", section, dataset(40), 512, tmp_path, quiet) == made
-    assert importance.find(tmp_path, "another") is None
+    assert (
+        artifact.measured_on(tmp_path, "importance", "key")
+        == importance.measure(folder, "key", section, dataset(40), 512, tmp_path, quiet)
+        == made
+    )
+    assert artifact.measured_on(tmp_path, "importance", "another") is None
     assert str(tmp_path) not in (made.path / importance.FILE).read_bytes().decode("latin-1")
     more = importance.measure(folder, "key", recipes.Importance(rows=9), dataset(40), 512, tmp_path, quiet)
     assert more.path != made.path

@@ -270,7 +270,7 @@ def export(
             from edgelora.export import budget
 
             wish = into or source.held
-            known = budget.find(target, source.key) or budget.measure(
+            known = artifact.measured_on(target, "curvature", source.key) or budget.measure(
                 source,
                 budget.merged_into(source, wish),
                 encoded[::2],
@@ -300,7 +300,7 @@ def export(
                 notes.append("note: planned on a few texts of our own; with --rows FILE it is planned on yours")
             echo.result({"path": str(path), **facts}, *notes, f"plan: {done.path / budget.PLAN}", f"file: {path}")
             return
-        measured = None if not exports.weighed(source.base, section) or imatrix else importance.find(target, source.key)
+        measured = None if not exports.weighed(source.base, section) or imatrix else artifact.measured_on(target, "importance", source.key)
         done = exports.export(
             source,
             section,

@@ -93,15 +93,6 @@ def merged_into(model: Tuned, merge_base: str) -> str:
     return "16bit" if model.folder else model.into(merge_base)[0]
 
 
-def find(out: Path, key: str) -> Artifact | None:
-    """What was measured below `out` on the model with content `key`, None when nothing was."""
-    for manifest in sorted(out.glob(f"*curvature-*/{artifact.MANIFEST}")):
-        made = artifact.load(manifest.parent)
-        if made.kind == "curvature" and made.made_from.get("model") == key:
-            return made
-    return None
-
-
 def menus(made: Artifact) -> dict[str, Menu]:
     """The menu of each way of rounding; ModelError when the artifact is damaged."""
     try:

@@ -98,15 +98,6 @@ def _measure(
     }
 
 
-def find(out: Path, key: str) -> Artifact | None:
-    """The importance artifact below `out` that was measured on the model with content `key`, None when there is none."""
-    for manifest in sorted(out.glob(f"*importance-*/{artifact.MANIFEST}")):
-        made = artifact.load(manifest.parent)
-        if made.kind == "importance" and made.made_from.get("model") == key:
-            return made
-    return None
-
-
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
     """At most `count` rows, evenly over all of them: files are often sorted by topic."""
     step = max(1.0, len(rows) / count)

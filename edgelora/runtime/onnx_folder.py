@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from edgelora import protobuf
 from edgelora.errors import ModelError
 
 GRAPH = "model.onnx"
@@ -138,44 +139,16 @@ def _check_external(entries: dict[str, str], needed: int, name: str, folder: Pat
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int | tuple[int, int]]]:
     """(field number, value) of one message: an int for numbers, (start, end) for bytes; ValueError when damaged."""
-    at = start
-    while at < end:
-        key, at = _varint(data, at, end)
-        number, wire = key >> 3, key & 7
-        value: int | tuple[int, int]
-        if wire == 0:
-            value, at = _varint(data, at, end)
-        elif wire == 2:
-            length, at = _varint(data, at, end)
-            value, at = (at, at + length), at + length
-        elif wire in (1, 5):
-            value, at = (at, at + (8 if wire == 1 else 4)), at + (8 if wire == 1 else 4)
-        else:
-            raise ValueError(f"unknown wire type {wire} at byte {at}")
-        if at > end or number == 0:
-            raise ValueError(f"a field ends behind byte {end}")
-        yield number, value
+    for field in protobuf.fields(data, start, end):
+        yield field.number, (field.begin, field.end) if field.value is None else field.value
 
 
 def _packed(data: mmap.mmap, start: int, end: int) -> list[int]:
     values: list[int] = []
     while start < end and len(values) <= _MAX_RANK:
-        value, start = _varint(data, start, end)
+        value, start = protobuf.varint(data, start, end)
         values.append(value)
     return values
-
-
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= end:
-            raise ValueError(f"it ends inside a number at byte {at}")
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError(f"a number of more than ten bytes at byte {at}")
 
 
 def settings(folder: Path) -> dict[str, Any]:

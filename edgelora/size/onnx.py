@@ -11,10 +11,10 @@ Source: onnx/onnx.proto of https://github.com/onnx/onnx and the protobuf encodin
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
 from edgelora.errors import ModelError
+from edgelora.protobuf import fields
 from edgelora.size import METADATA, Part, group_of
 
 Place = tuple[str, int]  # a file's name relative to the graph's, offset in bytes
@@ -45,14 +45,14 @@ def _initializers(path: Path) -> list[tuple[Part, Place | None]]:
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = []
-            for number, begin, end in _fields(data, 0, len(data)):
+            for number, begin, end, _ in fields(data, 0, len(data)):
                 if number == _GRAPH and end > begin:
-                    for inner, first, last in _fields(data, begin, end):
+                    for inner, first, last, _ in fields(data, begin, end):
                         if inner == _INITIALIZER:
                             found.append(_tensor(data, first, last))
                             if len(found) > _MAX_TENSORS:
                                 raise ValueError(f"more than {_MAX_TENSORS} initializers")
-            if not any(number == _GRAPH for number, _, _ in _fields(data, 0, len(data))):
+            if not any(field.number == _GRAPH for field in fields(data, 0, len(data))):
                 raise ValueError("it holds no graph")
             return found
     except ValueError as error:
@@ -64,15 +64,15 @@ def _initializers(path: Path) -> list[tuple[Part, Place | None]]:
 def _tensor(data: mmap.mmap, begin: int, end: int) -> tuple[Part, Place | None]:
     name, kind, held = "", "?", 0
     outside: dict[str, str] = {}
-    for number, first, last in _fields(data, begin, end):
+    for number, first, last, value in fields(data, begin, end):
         if number == 8:
             name = _text(data, first, last)
         elif number == 2:
-            kind = _TYPES.get(_varint(data, first, last)[0], "?")
+            kind = _TYPES.get(value, "?") if value is not None else "?"
         elif number in _DATA_FIELDS:
             held += last - first
         elif number == 13:
-            entry = {inner: _text(data, a, b) for inner, a, b in _fields(data, first, last) if inner in (1, 2)}
+            entry = {inner: _text(data, a, b) for inner, a, b, _ in fields(data, first, last) if inner in (1, 2)}
             outside[entry.get(1, "")] = entry.get(2, "")
     if "location" in outside:
         numbers = [outside.get(key) or "0" for key in ("offset", "length")]
@@ -81,41 +81,6 @@ def _tensor(data: mmap.mmap, begin: int, end: int) -> tuple[Part, Place | None]:
         offset, length = map(int, numbers)
         return Part(name, group_of(name), kind, length), (outside["location"], offset)
     return Part(name, group_of(name), kind, held), None
-
-
-def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(field number, begin, end) of each field's payload between two offsets; ValueError where the bytes make no sense."""
-    while at < end:
-        tag, at = _varint(data, at, end)
-        number, wire = tag >> 3, tag & 7
-        begin = at
-        if wire == 0:
-            _, at = _varint(data, at, end)
-        elif wire == 1:
-            at += 8
-        elif wire == 5:
-            at += 4
-        elif wire == 2:
-            length, begin = _varint(data, at, end)
-            at = begin + length
-        else:
-            raise ValueError(f"byte {begin} is no protobuf")
-        if number == 0 or at > end:
-            raise ValueError(f"a field at byte {begin} goes past its end")
-        yield number, begin, at
-
-
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= end:
-            raise ValueError(f"a number at byte {at} goes past its end")
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError(f"a number at byte {at} is too long")
 
 
 def _text(data: mmap.mmap, begin: int, end: int) -> str:
