@@ -12,7 +12,7 @@ STAMP := $(VENV)/.edgelora
 CONSTRAINTS := constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
-.PHONY: quickstart test test-fast lint gate docs bench clean
+.PHONY: quickstart test test-fast lint gate docs clean
 
 quickstart: $(STAMP)/base
 	$(BIN)/edgelora run recipes/quickstart.yaml
@@ -33,6 +33,7 @@ gate: $(STAMP)/base $(STAMP)/dev
 
 docs: $(STAMP)/base
 	$(BIN)/python tests/reference.py --write README.md
+	$(BIN)/python bench/results.py --write
 
 clean:
 	rm -rf $(VENV) runs

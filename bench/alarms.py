@@ -29,11 +29,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgelora import artifact, baseline, bench, check, machine, models, report, speeds
+import results
+
+from edgelora import baseline, bench, check, machine, models, report, speeds
 from edgelora.export import gguf
 from edgelora.recipe import Bench
 
@@ -128,7 +129,6 @@ def main() -> None:
     parser.add_argument("--loaded", type=int, default=101)
     parser.add_argument("--reuse", type=Path, help="an earlier result, whose records stand in for kinds of which none are asked")
     options = parser.parse_args()
-    about = machine.describe()
     records: dict[str, list[dict[str, Any]]] = {"calm": [], "slower": [], "loaded": [], "near": []}
     if options.reuse:
         for kind, rows in json.loads(options.reuse.read_text(encoding="utf-8"))["records"].items():
@@ -183,26 +183,11 @@ def main() -> None:
     judged = [verdict(a, b, size) for a, b in itertools.pairwise(loaded)]
     found["loaded, speed"] = Counter(speed for speed, _ in judged)
     found["loaded, size"] = Counter(bytes_ for _, bytes_ in judged)
-    date = datetime.now(UTC).date().isoformat()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    document = {
-        "command": "python bench/alarms.py --base " + models.shown(options.base) + f" --near-type {options.near_type}",
-        "reused": [kind for kind in records if options.reuse and not getattr(options, kind)],
-        "date": date,
-        "commit": commit,
-        "machine": about,
-        "versions": artifact.versions_of("llama-cpp-python"),
-        "headline": [[what, ", ".join(f"{count} {word}" for word, count in words.items())] for what, words in found.items()],
-        "verdicts": found,
-        "records": records,
-    }
-    target = Path(__file__).parent / "results" / about["class"] / f"{date}-{commit}-alarms.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    headline = [[what, ", ".join(f"{count} {word}" for word, count in words.items())] for what, words in found.items()]
+    command = "python bench/alarms.py --base " + models.shown(options.base) + f" --near-type {options.near_type}"
+    reused = [kind for kind in records if options.reuse and not getattr(options, kind)]
+    results.save("alarms", command, ("llama-cpp-python",), headline, {"reused": reused, "verdicts": found, "records": records})
     print(json.dumps(found, indent=1))
-    print(f"wrote {target}")
 
 
 if __name__ == "__main__":

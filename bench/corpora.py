@@ -1,6 +1,6 @@
 """What `data inspect` finds in real files, against what the files' own documentation says of them.
 
-    python bench/corpora.py --corpora DIR --result bench/results/<machine>/<date>-<commit>-corpora.json
+    python bench/corpora.py --corpora DIR
 
 DIR holds public corpora (MedQuAD, BANKING77, JGLUE, Open-Assistant, Taskmaster, FreeBSD's FAQ, Aozora Bunko, open data of
 Japanese cities, ...) with a README.md that counts their rows and defects; the documented figures below are copied from it. Every
@@ -11,15 +11,10 @@ among the dropped ones. The result holds counts alone, no text of any row.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgelora import __version__, machine
 from edgelora import recipe as recipes
 from edgelora.data import folder
 from edgelora.data.inspect import inspect
@@ -227,9 +222,10 @@ WHY = {
 
 
 def main() -> None:
+    import results  # lies beside this script
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpora", type=Path, required=True)
-    parser.add_argument("--result", type=Path)
     options = parser.parse_args()
     files = [look(options.corpora, name) for name in FILES]
     print("| file | | documented | found | |\n| --- | --- | --- | --- | --- |")
@@ -239,10 +235,8 @@ def main() -> None:
                 f"| {one['file']} | {check['what']} | {check['documented']} | {check['found']} | {'' if check['agrees'] else check['why']} |"
             )
     checks = [check for one in files for check in one["checks"]]
-    print(f"\n{sum(check['agrees'] for check in checks)} of {len(checks)} figures agree")
-    if options.result:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text(json.dumps(result(files), ensure_ascii=False, indent=1), encoding="utf-8")
+    agree = f"{sum(check['agrees'] for check in checks)} of {len(checks)}"
+    results.save("corpora", "python bench/corpora.py --corpora DIR", (), [["figures that agree", agree]], {"files": files})
 
 
 def look(corpora: Path, name: str) -> dict[str, Any]:
@@ -302,23 +296,6 @@ def prepared(file: Path, read: int) -> tuple[dict[str, Any], dict[str, int]]:
     found = sum(card["rows"].values()) + sum(card["dropped"].values())
     check = {"what": "prepare: rows kept and dropped", "documented": read, "found": found, "agrees": found == read, "why": ""}
     return check, {step: one["changes"] for step, one in card["changes"].items()}
-
-
-def result(files: list[dict[str, Any]]) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    checks = [check for one in files for check in one["checks"]]
-    return {
-        "schema": 1,
-        "what": "data inspect on real files, found against documented",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "edgelora": __version__,
-        "machine": machine.describe(),
-        "load": os.getloadavg(),
-        "agree": sum(check["agrees"] for check in checks),
-        "of": len(checks),
-        "files": files,
-    }
 
 
 if __name__ == "__main__":

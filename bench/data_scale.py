@@ -1,6 +1,6 @@
 """How fast and in how much memory `edgelora data prepare` takes a large file.
 
-    python bench/data_scale.py --rows 200000 --result bench/results/<machine>/<date>-<commit>-data-scale.json
+    python bench/data_scale.py --rows 200000
 
 Writes a file of synthetic questions and answers (a fifth Japanese; 2 % repeated, 3 % nearly repeated; some with half-width kana,
 HTML, addresses, two spellings of a word, spaces between Japanese words) and prepares it with every cleaning step in processes
@@ -19,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import results
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 KANA = "あいうえおかきくけこさしすせそたちつてとなにぬねのはひふへほまみむめもらりるれろわをん"
@@ -36,7 +37,6 @@ RUNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--result", type=Path)
     parser.add_argument("--only", choices=list(RUNS), action="append")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,9 +47,9 @@ def main() -> None:
             runs[name] = measure(file, Path(folder) / "out", RUNS[name], options.rows)
             print(name, json.dumps(runs[name]), flush=True)
         size = file.stat().st_size
-    if options.result:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text(json.dumps(result(options.rows, characters, size, runs), ensure_ascii=False, indent=1), encoding="utf-8")
+    found = {"rows": options.rows, "characters": characters, "file_bytes": size, "runs": runs}
+    command = f"python bench/data_scale.py --rows {options.rows}"
+    results.save("data-scale", command, ("ftfy", "rensa", "symspellpy", "numpy"), headline(runs), found)
 
 
 def write(file: Path, rows: int) -> int:
@@ -129,21 +129,8 @@ def measure(file: Path, out: Path, options: list[str], rows: int) -> dict[str, A
     }
 
 
-def result(rows: int, characters: int, size: int, runs: dict[str, Any]) -> dict[str, Any]:
-    from edgelora import artifact, machine
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "what": "data-scale",
-        "created": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
-        "machine": machine.describe(),
-        "versions": artifact.versions_of("ftfy", "rensa", "symspellpy", "numpy"),
-        "rows": rows,
-        "characters": characters,
-        "file_bytes": size,
-        "runs": runs,
-    }
+def headline(runs: dict[str, Any]) -> list[list[str]]:
+    return [[name, f"{run['rows_per_cpu_s']:,} rows a CPU second, {run['peak_rss_bytes'] / 1e6:.0f} MB"] for name, run in runs.items()]
 
 
 if __name__ == "__main__":

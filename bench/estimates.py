@@ -9,13 +9,11 @@ validated. Computes nothing but that; the figures are as old as the table.
 
 from __future__ import annotations
 
-import json
-import subprocess
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from edgelora import artifact, machine, roofline
+import results
+
+from edgelora import roofline
 
 
 def main() -> None:
@@ -38,15 +36,7 @@ def main() -> None:
         words = ", ".join(f"at most {value:.1%} with a {kind}" for kind, value in worst.items() if value is not None)
         headline.append([f"{runtime} ({len(table.rows_of(runtime))} published figures)", words or "not validated"])
         print(f"{runtime}: {words or 'not validated'}")
-    about = machine.describe()
-    date = datetime.now(UTC).date().isoformat()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    target = Path(__file__).parent / "results" / about["class"] / f"{date}-{commit}-estimates.json"
-    document = {"command": "python bench/estimates.py", "date": date, "commit": commit, "versions": artifact.versions_of()}
-    target.write_text(json.dumps({**document, "headline": headline, "errors": found}, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {target}")
+    results.save("estimates", "python bench/estimates.py", (), headline, {"errors": found})
 
 
 if __name__ == "__main__":

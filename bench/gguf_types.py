@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import results
 
 from edgelora import artifact, evaluate, machine, models, pipeline, tuned
 from edgelora import recipe as recipes
@@ -30,7 +30,6 @@ from edgelora.quant import importance
 from edgelora.runtime import llama_cpp
 from edgelora.weights import Base
 
-HERE = Path(__file__).resolve()
 TYPES = ("q4_0", "iq4_nl", "iq4_xs", "q4_k_m", "q3_k_m", "q2_k")
 WEIGHTS = (1, 4, 16)
 
@@ -105,24 +104,18 @@ def main() -> None:
         rows = pipeline.selecting_rows(recipe, base.folder, dataset)
         step = max(1, len(rows) // options.rows)
         importances = weighed(recipe, model, described, rows[::step][: options.rows], dataset, work)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE.parent, check=True
-    ).stdout.strip()
-    described_machine = machine.describe()
-    document = {
-        "what": "gguf-types",
-        "command": f"python bench/gguf_types.py {options.recipe.name} ADAPTER --rows {options.rows}",
-        "commit": commit,
-        "machine": described_machine,
+    kept = survived.get("nf4") or next(iter(survived.values()))
+    headline = [
+        ["kept of the adapter's change", ", ".join(f"{name} {share:.0%}" for name, share in kept["kept"].items())],
+    ]
+    found = {
         "load_average_before": begun,
-        "versions": artifact.versions_of("torch", "transformers", "gguf", "llama-cpp-python"),
         "training": {key: adapter.facts.get(key) for key in ("method", "epochs", "rows", "tokens")},
         "survival": survived,
         "importance": importances,
     }
-    place = HERE.parent / "results" / described_machine["class"] / f"{datetime.now(UTC).date()}-{commit}-gguf-types.json"
-    place.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(place)
+    command = f"python bench/gguf_types.py {options.recipe.name} ADAPTER --rows {options.rows}"
+    results.save("gguf-types", command, ("torch", "transformers", "gguf", "llama-cpp-python"), headline, found)
 
 
 if __name__ == "__main__":

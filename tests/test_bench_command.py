@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from edgelora import report
 from edgelora.cli import cli
 from edgelora.errors import EdgeloraError, UsageError
 from edgelora.export import gguf
+from edgelora.report import charts, fronts
 from tests.tiny_models import tiny_model
 
 
@@ -57,6 +59,56 @@ def test_quality_stands_beside_speed_on_a_page(folder: Path, tmp_path: Path) -> 
     for words in ("Quality against size", "Quality against speed", "Where the MB go", "Answers side by side", "Perplexity"):
         assert words in page
     assert "secret-place" not in page + json.dumps(document)  # where files lie is nobody's business
+
+
+def test_a_real_file_that_answers_nonsense_fast_is_on_no_front(folder: Path, tmp_path: Path) -> None:
+    """Two files of a model that learned the rows, and one that learned nothing and has a third of their layers."""
+    learned = taught(folder / "hf", folder / "rows.jsonl", tmp_path / "learned")
+    files = [gguf.write(learned, kind, tmp_path, "learned", lambda share, text: None) for kind in ("f16", "q4_0")]
+    empty = tiny_model("llama", tmp_path / "empty", num_hidden_layers=1, intermediate_size=32)
+    files.append(gguf.write(empty, "q8_0", tmp_path, "nonsense", lambda share, text: None))
+    short = ("--threads", 1, "--prompt-tokens", "8", "--repeats", 3)
+    invoke(*files, "--rows", folder / "rows.jsonl", *short, "-o", tmp_path / "page", "--quiet")
+
+    document = report.read(tmp_path / "page")
+    size = {row["file"]: row["size_bytes"] for row in document["files"]}
+    bad = "nonsense-q8_0.gguf"
+    assert size[bad] == min(size.values())
+    assert list(fronts.nonsense(document)) == [bad]
+    page = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    assert page.count("answers nonsense: never on the front") == 2
+    assert page.count('class="cross') == 2
+    series = charts.colours(document)
+    for drawn, least in ((fronts.size_quality(document, series, {}), 2), (fronts.speed_quality(document, series, {}), 0)):
+        ((x, y),) = re.findall(r'<path d="M([-\d.]+),([-\d.]+)l9', drawn)
+        front = re.findall(r"([-\d.]+),([-\d.]+)", "".join(re.findall(r'<polyline points="([^"]+)" class="frontier"', drawn)))
+        assert len(front) >= least
+        assert (f"{float(x) + 4.5:.1f}", f"{float(y) + 4.5:.1f}") not in {(f"{float(x):.1f}", f"{float(y):.1f}") for x, y in front}
+
+
+def taught(model: Path, rows: Path, folder: Path) -> Path:
+    """The model after a second of learning the rows by heart."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer, net = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    batch = []
+    for line in rows.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        batch.append(tokenizer.apply_chat_template(messages, return_dict=False))
+    longest = max(map(len, batch))
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in batch])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch])
+    steps = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(60):
+        net(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        steps.step()
+        steps.zero_grad()
+    net.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def test_two_benches_are_compared(folder: Path, tmp_path: Path) -> None:

@@ -47,11 +47,6 @@ def test_every_command_explains_itself(name: str) -> None:
         )
 
 
-def test_the_readme_has_the_current_reference() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert reference.updated(text) == text, "run `make docs`"
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
