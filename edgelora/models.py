@@ -251,6 +251,15 @@ def _hub_folder(reference: str, *, weights: bool = True) -> Path:
         ) from error
 
 
+def cached(reference: str) -> Path | None:
+    """The snapshot of a hub model in the local cache, if its config.json is there. Nothing is fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = reference.partition("@")
+    found = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _from_gguf(path: Path, work: Path) -> dict[str, Any]:
     """Write a GGUF base as a Hugging Face folder in bf16, with a tokenizer that gives llama.cpp's ids."""
     import torch

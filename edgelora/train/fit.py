@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgelora.errors import EdgeloraError
-from edgelora.train.packing import deal, rounded_up
+from edgelora.train.dealing import deal, rounded_up
 
+KINDS = ("llama", "mistral", "qwen2", "smollm3")  # model types whose layers are what `layer.Layer` computes
 _SHARE = 0.85  # of the free memory that is planned with
 _HEAD_BYTES = 1.2e9  # logits of one piece and what the loss makes of them
 

@@ -16,18 +16,16 @@ import torch
 from torch import nn
 
 from edgelora.train import attention, elementwise
-from edgelora.train.fit import Shape
+from edgelora.train.fit import KINDS, Shape
 from edgelora.train.packing import Documents
 from edgelora.train.projection import Projection, Scratch
-
-_KINDS = ("llama", "mistral", "qwen2", "smollm3")  # model types whose layers are what `Layer` computes
 
 
 def obstacle(model: Any) -> str | None:
     """Why the layers of a peft model cannot be replaced, None when they can."""
     base = model.get_base_model()
     config = base.config
-    if config.model_type not in _KINDS:
+    if config.model_type not in KINDS:
         return f"model type {config.model_type}"
     if config.hidden_act not in ("silu", "swish") or getattr(config, "attention_dropout", None):
         return "its activation or attention dropout"

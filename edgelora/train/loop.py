@@ -15,9 +15,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from edgelora import machine
 from edgelora.data.chat import Encoded
 from edgelora.errors import EdgeloraError
+from edgelora.train.dealing import deal
 from edgelora.train.layer import Layers
 from edgelora.train.loss import SummedLoss
-from edgelora.train.packing import Collator, Documents, Sampler, deal
+from edgelora.train.packing import Collator, Documents, Sampler
 
 _SAVE_EVERY_S = 600
 _LOG_EVERY_S = 0.5  # where not every step is logged: reading a loss waits for the GPU, which then waits for the next step

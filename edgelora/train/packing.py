@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from edgelora.data.chat import Encoded
-
-_WINDOW = 64  # batches dealt at once: enough for even sums, few enough that every epoch mixes the rows anew
+from edgelora.train.dealing import deal, rounded_up
 
 
 @dataclass(frozen=True)
@@ -72,44 +71,6 @@ class Collator:
             "predict": predict,
             "labels": labels,
         }
-
-
-def rounded_up(count: int) -> int:
-    """The next multiple of a sixteenth of the power of two below `count` (at least 64): at most 6 % more."""
-    step = max(64, 1 << max(0, count.bit_length() - 1 - 4))
-    return -(-count // step) * step
-
-
-def deal(lengths: Sequence[int], batch: int, generator: torch.Generator | None = None) -> list[list[int]]:
-    """Every index once, in batches of `batch` rows (the last may be smaller) whose token sums are nearly equal.
-
-    Rows are drawn at random into windows of batches; within one, each round gives the longest rows left to the batches with
-    the fewest tokens. Without a generator the order is the given one.
-    """
-    order = torch.randperm(len(lengths), generator=generator).tolist() if generator is not None else list(range(len(lengths)))
-    batches: list[list[int]] = []
-    for begin in range(0, len(order), _WINDOW * batch):
-        window = order[begin : begin + _WINDOW * batch]
-        full = len(window) // batch
-        batches += _dealt(lengths, window[: full * batch], full)
-        if rest := window[full * batch :]:
-            batches.append(rest)
-    return batches
-
-
-def _dealt(lengths: Sequence[int], rows: Sequence[int], count: int) -> list[list[int]]:
-    """`rows` in `count` batches of as many rows each."""
-    if not count:
-        return []
-    by_length = sorted(rows, key=lambda row: -lengths[row])  # stable: rows of one length keep their random order
-    batches: list[list[int]] = [[] for _ in range(count)]
-    sums = [0] * count
-    for begin in range(0, len(by_length), count):
-        poorest = sorted(range(count), key=sums.__getitem__)
-        for place, row in zip(poorest, by_length[begin : begin + count], strict=True):
-            batches[place].append(row)
-            sums[place] += lengths[row]
-    return batches
 
 
 class Sampler(torch.utils.data.Sampler[int]):
