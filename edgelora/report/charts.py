@@ -16,9 +16,10 @@ _GROUPS = ("embedding", "attention", "feed-forward", "output", "norm")  # of ten
 Doc = Mapping[str, Any]
 
 
-def training_and_files(doc: Doc) -> Markup:
-    """Loss over steps, size of each file, and quality against size, side by side."""
-    return _together(_curves(doc), _sizes(doc), fronts.size_quality(doc, colours(doc), short_names(doc)))
+def files(doc: Doc) -> Markup:
+    """Size of each file, and quality against size and speed, side by side."""
+    series, names = colours(doc), short_names(doc)
+    return _together(_sizes(doc), fronts.size_quality(doc, series, names), fronts.speed_quality(doc, series, names))
 
 
 def anatomy(doc: Doc) -> Markup:
@@ -81,7 +82,6 @@ def latency(doc: Doc) -> Markup:
         panel("Time to the first token", "lower is better", "ttft_ms", f.ms, "ttft"),
         panel("Prefill, tok/s", "higher is better", "prefill_tok_per_s", f.number),
         panel("Decode, tok/s", "higher is better", "decode_tok_per_s", f.number),
-        fronts.speed_quality(doc, series, short_names(doc)),
     )
 
 
@@ -151,7 +151,8 @@ def short_names(doc: Doc) -> dict[Any, str]:
     return {row.get("file"): short(row) for row in files}
 
 
-def _curves(doc: Doc) -> Markup:
+def training(doc: Doc) -> Markup:
+    """Loss over steps."""
     train = tables.section(doc, "training")
     series = []
     for name, key in (("train", "curve"), ("valid", "valid_curve")):

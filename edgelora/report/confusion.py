@@ -7,7 +7,7 @@ from typing import Any
 
 from edgelora.report import figures as f
 from edgelora.report import plot, tables
-from edgelora.report.markup import NOTHING, Markup, join, tag
+from edgelora.report.markup import NOTHING, Markup, tag
 
 _MOST_MISTAKES = 15
 _MOST_LABELS = 200  # of a drawing; more cannot be told apart
@@ -60,8 +60,8 @@ def drawing(doc: Mapping[str, Any]) -> Markup:
                 marks.append(tag("rect", title, **place, class_=f"cell {'s0' if i == j else 's1'}", fill_opacity=shade))
     words = f"Confusion matrix of {n} labels on {matrix.get('set') or 'held-out rows'}: rows are true labels, columns chosen ones"
     svg = tag("svg", tag("title", words), *marks, viewBox=f"0 0 {plot.WIDTH} {round(side * n)}", role="img")
-    legend = join([tag("p", f"{words}, in the order of the alphabet. Right answers lie on the diagonal.", class_="caption")])
-    return tag("div", tag("figure", tag("figcaption", "Which label is taken for which"), legend, svg), class_="figures")
+    legend = tag("p", f"{words}, in the order of the alphabet. Right answers lie on the diagonal.", class_="caption")
+    return tag("figure", tag("figcaption", "Which label is taken for which"), legend, svg)
 
 
 def _shipped(doc: Mapping[str, Any]) -> Mapping[str, Any]:

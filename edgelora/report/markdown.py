@@ -21,7 +21,7 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
     if is_comparison(doc):
         blocks = [f"### {escape(comparison.title(doc))}", *_notes(doc)]
         said = comparison.findings(doc)
-        listed = {word: "\n".join(f"- {escape(line)}" for line in found) for word, found in said.items()}
+        listed = {word: _list(found) for word, found in said.items()}
         blocks += ["#### What really differs", listed["real"]] if listed["real"] else []
         blocks += [_folded("What is noise", [listed["noise"]]), _folded("What cannot be told", [listed["cannot tell"]])]
         for name, table in comparison.tables_of(doc):
@@ -32,11 +32,11 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
     blocks += [checks if failed or unjudged else ""]
     blocks += [_table(tables.files(doc)), _table(tables.losses(doc)), _table(tables.accuracy(doc))]
     blocks += [_folded("Checks", [checks]) if not (failed or unjudged) else ""]
-    blocks += [_folded("Speed and memory", [_table(tables.bench(doc))])]
+    blocks += [_folded("Speed and memory", [_table(tables.bench(doc)), _list(tables.disturbances(doc))])]
     blocks += [
         _folded(
             "Estimates for other devices (nothing here was measured)",
-            [_table(estimates.table(doc)), "\n".join(f"- {escape(line)}" for line in estimates.trust(doc))],
+            [_table(estimates.table(doc)), _list(estimates.trust(doc))],
         )
     ]
     blocks += [_folded("Where the MB go", [_table(tables.anatomy(doc))])]
@@ -87,7 +87,11 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def _notes(doc: Mapping[str, Any]) -> list[str]:
-    return ["\n".join(f"- {escape(note)}" for note in doc.get("notes") or () if note)]
+    return [_list([note for note in doc.get("notes") or () if note])]
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {escape(line)}" for line in lines)
 
 
 def _commands(commands: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Iterable
 
-_VOID = {"meta", "br", "col"}
+_VOID = {"meta", "br", "col", "wbr"}
 # C0 and C1 controls but tab and newline, and the bidirectional overrides and isolates, which reorder what follows them.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufdd0-\ufdef\ufeff\ufffe\uffff\ud800-\udfff]")
 _JAPANESE = re.compile("[\u3041-\u3096\u30a1-\u30fa\uff66-\uff9d]")
@@ -39,6 +39,12 @@ def join(children: Iterable[object]) -> Markup:
     return Markup(
         "".join(child if isinstance(child, Markup) else html.escape(visible(str(child))) for child in children if child is not None)
     )
+
+
+def breakable(text: str) -> list[str]:
+    """`text` in pieces after whose underscores a line may break, as the names of files and labels want."""
+    pieces = [word for part in re.split(r"(?<=\w_)(?=\w\w)", text) for word in (part, tag("wbr"))]
+    return pieces[:-1]
 
 
 def visible(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from edgelora.report import charts, comparison, confusion, differences, estimates, sorting, tables
 from edgelora.report import figures as f
-from edgelora.report.markup import NOTHING, Markup, language, tag
+from edgelora.report.markup import NOTHING, Markup, breakable, language, tag
 from edgelora.report.schema import is_comparison
 from edgelora.report.style import CSS
 
@@ -43,20 +43,18 @@ def _report(doc: Mapping[str, Any]) -> list[Markup]:
         _header(doc),
         _tiles(doc),
         _section(
-            "Training, size and quality" if tables.trained(doc) else "Size and quality",
-            charts.training_and_files(doc),
-            _table(tables.files(doc)),
+            "Size, quality and speed" if tables.rows(doc, "bench") else "Size and quality", charts.files(doc), _table(tables.files(doc))
         ),
         _section("Size against loss", *charts.frontiers(doc)),
         _section("Where the MB go", _beside(charts.anatomy(doc), _table(tables.anatomy(doc)))),
         _section("Loss before and after" if _has_before(doc) else "Loss", *_losses(doc), _table(tables.accuracy(doc))),
-        _section("Labels", confusion.drawing(doc), _table(confusion.mistakes(doc))),
-        _section(_speed_title(doc), charts.latency(doc), _table(tables.bench(doc))),
+        _section("Labels", _beside(confusion.drawing(doc), _table(confusion.mistakes(doc)))),
+        _section(_speed_title(doc), charts.latency(doc), _table(tables.bench(doc)), _list(tables.disturbances(doc))),
         _section("Estimates for other devices", *_estimates(doc)),
         _section("Answers side by side", *_answers(doc)),
         _section("Which merge was kept", *_merge(doc)),
         _section("Checks", _table(tables.checks(doc))),
-        _section("Training", _pairs(tables.training(doc)), _notes(tables.section(doc, "training"))),
+        _section("Training", _beside(charts.training(doc), _pairs(tables.training(doc))), _notes(tables.section(doc, "training"))),
         _section("Machine and versions", _machine(doc)),
         _section("Commands to repeat this", _commands(doc)),
         _section("Recipe", _recipe(doc)),
@@ -278,7 +276,7 @@ def _cell(cell: str, align: str | None, key: float | None) -> Markup:
     stacked = _STACKED.fullmatch(cell) if align else None
     if stacked:
         return tag("td", stacked[1], tag("span", stacked[2], class_="below"), class_=align, data_by=key)
-    return tag("td", cell, class_=align or ("long" if len(cell) > 48 else None), lang=language(cell), data_by=key)
+    return tag("td", *breakable(cell), class_=align or ("long" if len(cell) > 48 else None), lang=language(cell), data_by=key)
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> Markup:

@@ -58,7 +58,7 @@ pre {
 .tile.fail { border-color: var(--bad); background: var(--bad-tint); }
 
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 16px; align-items: stretch; }
-.beside { display: grid; grid-template-columns: minmax(0, 400px) minmax(0, 1fr); gap: 16px; align-items: start; }
+.beside { display: grid; grid-template-columns: minmax(0, 360px) minmax(0, 1fr); gap: 16px; align-items: start; }
 figure { margin: 0; padding: 16px 18px 18px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0; }
 figcaption { margin-bottom: 10px; font-size: 15px; font-weight: 600; line-height: 1.4; }
 figcaption .legend {
@@ -86,6 +86,8 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.
 th, td { padding: 9px 12px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--soft); font-weight: 500; font-size: 13px; white-space: normal; vertical-align: bottom; min-width: 5.5em; }
+.beside > .scroll { min-width: 0; }
+.beside :is(th, td) { padding-inline: 9px; }
 td.long { white-space: normal; min-width: 16em; overflow-wrap: anywhere; }
 th button { all: unset; cursor: pointer; }
 th button:focus-visible { outline: 2px solid var(--s0); outline-offset: 2px; border-radius: 2px; }

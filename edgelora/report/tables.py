@@ -164,7 +164,7 @@ def bench(doc: Row) -> Table:
             Column("CPU a token", lambda row: f.ms(_times(row.get("cpu_s_per_token"), 1000)), by="cpu_s_per_token"),
             Column("Memory bandwidth", bandwidth, by="bandwidth_share"),
             Column("Load average", lambda row: f.number(row.get("load_average"), 2), by="load_average"),
-            Column("Disturbed by", disturbed, numeric=False),
+            Column("Disturbed", lambda row: f"{UNJUDGED}yes" if disturbed(row) else "", numeric=False),
         ],
     )
 
@@ -178,6 +178,15 @@ def bandwidth(row: Row) -> str:
 def disturbed(row: Row) -> str:
     """What made this row's speeds doubtful; empty when nothing did."""
     return (row.get("noisy_why") or "other work on the machine") if row.get("noisy") else ""
+
+
+def disturbances(doc: Row) -> list[str]:
+    """What disturbed which rows of the bench, a sentence a cause."""
+    said: dict[str, list[str]] = {}
+    for row in rows(doc, "bench"):
+        if why := disturbed(row):
+            said.setdefault(why, []).append(f.aside(row.get("file") or "", f.suffixed(f.count(row.get("prompt_tokens")), "prompt tokens")))
+    return [f"{', '.join(filter(None, dict.fromkeys(who))) or 'this bench'}: {why}." for why, who in said.items()]
 
 
 def merges(doc: Row) -> list[Row]:
@@ -300,7 +309,7 @@ def training(doc: Row) -> list[tuple[str, str]]:
         ("Epochs", f.plainest(train.get("epochs"))),
         ("Peak memory", against("peak_rss_bytes", f.size)),
         ("Peak GPU memory", against("peak_gpu_bytes", f.size)),
-        ("Full fine-tuning would need", f.labelled("predicted: ", f.size(train.get("full_finetune_bytes")))),
+        ("Full fine-tuning, activations apart", f.labelled("predicted: ", f.size(train.get("full_finetune_bytes")))),
         ("Time", against("seconds", f.seconds)),
         ("Speed", f.suffixed(f.number(measured.get("tokens_per_s")), "tokens/s")),
         ("Size of the merged 16-bit model", f.size(train.get("model_16bit_bytes"))),
