@@ -6,7 +6,7 @@ Writes the base as Q5_K_M and as ONNX int4-mixed, then measures them in turns, r
 beside it a process that knows nothing of edgelora's sessions: llama-cpp-python's own `Llama.generate`, a plain onnxruntime
 session with its key-value cache bound in place, onnxruntime-genai's own generator. The same prompt ids, threads, thread
 settings and flash attention; the first round of each is thrown away. Compared are the medians of the decoded tokens and of
-the time to the first token over all rounds: at most 3 % apart. Takes about eight minutes; nothing else should run: what other
+the time to the first token over all rounds: at most 3 % apart. Takes about five minutes; nothing else should run: what other
 programs add is left out of the fastest tenth of the samples, which is given besides.
 """
 
@@ -25,14 +25,14 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-PROMPT, DECODE = 256, 32  # a prompt longer than what edgelora hands to ONNX Runtime at once
+PROMPT, DECODE = 160, 32  # a prompt longer than what edgelora hands to ONNX Runtime at once
 
 
 def by_hand_llama(path: str, threads: int) -> Callable[[list[int]], Iterator[int]]:
     from llama_cpp import Llama
 
     # flash_attn: llama.cpp's own default, which the class turns off
-    llama = Llama(path, n_ctx=512, n_batch=512, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, flash_attn=True, verbose=False)
+    llama = Llama(path, n_ctx=256, n_batch=512, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, flash_attn=True, verbose=False)
 
     def generate(ids: list[int]) -> Iterator[int]:
         llama.reset()  # else it would remember the prompt
@@ -167,7 +167,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--made", type=Path, help="keep the two files here, and take them from here the next time")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -186,7 +186,6 @@ COMPARISON: dict[str, Any] = {
             "type": str,
             "what": str,
             "unit": str,
-            "better": str,
             "values": [float],
             "low": [float],
             "high": [float],
