@@ -97,7 +97,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         base = models.open_base(recipe.base, recipe.folder, options.adapter.parent)
-        model = tuned.tuned(base, recipe.base, adapter, recipe.data.system, ())
+        model = tuned.tuned(base, recipe.base, adapter)
         described = model.describe(work)
         survived = {into: survival.survey(described, Base(model.base, into), model.merged(into), "q8_0") for into in model.into("auto")}
         print(json.dumps(survived), flush=True)

@@ -1,11 +1,11 @@
 """Which base an adapter should be merged into, measured on the file that ships: the table behind `merge.base: auto`.
 
-    python bench/referee.py NAME=BASE:ADAPTER:ROWS ...
+    python bench/referee.py RECIPE:ADAPTER ...
 
-For every fine-tune (its base as a folder, its adapter folder, a file of rows that were not trained on) both merges, into the
-16-bit base and into the dequantized NF4 one, are written in F16, Q8_0, Q4_K_M and Q4_0 and run in llama.cpp. Each row of the
-result holds loss and KL to the model as trained with 95 % bootstrap intervals over rows; `change` is the 16-bit merge's loss
-relative to the NF4 one's, rows paired.
+ADAPTER is the folder that `edgelora finetune RECIPE` wrote. For each both merges, into the 16-bit base and into the
+dequantized NF4 one, are written in F16, Q8_0, Q4_K_M and Q4_0 and run in llama.cpp on `valid` rows. Each row of the result
+holds loss and KL to the model as trained with 95 % bootstrap intervals over rows; `change` is the 16-bit merge's loss relative
+to the NF4 one's, rows paired.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgelora import artifact, evaluate, machine, models
-from edgelora.export import gguf, samples
+from edgelora import artifact, evaluate, machine, models, pipeline
+from edgelora import recipe as recipes
+from edgelora.data import split
+from edgelora.export import gguf
 from edgelora.runtime import llama_cpp
 from edgelora.tuned import tuned
 
@@ -27,12 +29,11 @@ TYPES = ("f16", "q8_0", "q4_k_m", "q4_0")
 HERE = Path(__file__).resolve()
 
 
-def measure(name: str, base: Path, adapter: Path, rows_file: Path, most: int) -> list[dict[str, Any]]:
-    threads = machine.cores()
-    trained = artifact.load(adapter)
-    opened = models.Base(base, str(trained.made_from["base"]), base.name)
-    model = tuned(opened, base.name, trained, trained.recipe.get("system"), ())
-    rows = samples.rows(base, rows_file, model.system)[0][:most]
+def measure(recipe: recipes.Recipe, adapter: Path, most: int) -> list[dict[str, Any]]:
+    threads = pipeline.threads(recipe)
+    base = models.open_base(recipe.base, recipe.folder, adapter.parent)
+    model = tuned(base, recipe.base, artifact.load(adapter))
+    rows = pipeline.selecting_rows(recipe, base.folder, split.load(recipe))[:most]
     reference = model.as_trained(rows, threads)
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
@@ -49,7 +50,7 @@ def measure(name: str, base: Path, adapter: Path, rows_file: Path, most: int) ->
             for into, divergence in measured.items():
                 loss = evaluate.summary(divergence.losses)
                 interval = {"loss_low": loss["low"], "loss_high": loss["high"]}
-                own = {"tuned": name, "type": kind, "into": into, **interval, **evaluate.divergence_summary(divergence)}
+                own = {"tuned": recipe.name, "type": kind, "into": into, **interval, **evaluate.divergence_summary(divergence)}
                 row = {**own, **(change if into == "16bit" else {})}
                 found.append(row)
                 print(json.dumps(row), flush=True)
@@ -58,14 +59,13 @@ def measure(name: str, base: Path, adapter: Path, rows_file: Path, most: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tuned", nargs="+", metavar="NAME=BASE:ADAPTER:ROWS")
+    parser.add_argument("tuned", nargs="+", metavar="RECIPE:ADAPTER")
     parser.add_argument("--rows", type=int, default=48, help="rows at most, of each fine-tune")
     options = parser.parse_args()
     found = []
     for item in options.tuned:
-        name, _, places = item.partition("=")
-        base, adapter, rows = map(Path, places.split(":"))
-        found += measure(name, base, adapter, rows, options.rows)
+        recipe, _, adapter = item.rpartition(":")
+        found += measure(recipes.load(Path(recipe)), Path(adapter), options.rows)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE.parent, check=True
     ).stdout.strip()

@@ -59,9 +59,9 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
     from edgelora.train import pissa
     from edgelora.train.finetune import finetune
 
-    start = pissa.start(recipe, base, out, lambda share, text: progress("decompose", share, text))
+    start = pissa.start(recipe.train, base, out, lambda share, text: progress("decompose", share, text))
     adapter = finetune(recipe, start, dataset, out, lambda share, text: progress("fine-tune", share, text))
-    model = tuned.tuned(start, recipe.base, adapter, recipe.data.system, dataset.labels if recipe.data.task == "classify" else ())
+    model = tuned.tuned(start, recipe.base, adapter)
     rows = selecting_rows(recipe, base.folder, dataset)
     merged, modules = None, [exports.format_module(section.format) for section in recipe.exports]
     if not all(module.MERGES for module in modules):

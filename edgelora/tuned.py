@@ -83,8 +83,8 @@ def plain(folder: Path, key: str) -> Tuned:
     return Tuned(folder, key, str(known.get("base", "")), labels=tuple(known.get("labels", ())), folder=folder)
 
 
-def tuned(base: models.Base, reference: str, adapter: Artifact, system: str | None, labels: Sequence[str]) -> Tuned:
-    """An adapter that edgelora trained, beside its base, which the recipe calls `reference`.
+def tuned(base: models.Base, reference: str, adapter: Artifact) -> Tuned:
+    """An adapter that edgelora trained, beside the base that training began on, which the user calls `reference`.
 
     UsageError when it was trained on another base, ModelError when a file of it is not the one that training wrote.
     """
@@ -92,9 +92,10 @@ def tuned(base: models.Base, reference: str, adapter: Artifact, system: str | No
         raise UsageError(f"{adapter.path.name} was trained on another base than {reference}", "name the base it was trained on")
     _whole(adapter)
     held = "nf4" if adapter.facts["method"] == "qlora" else "16bit"
+    system, labels = adapter.recipe.get("system"), tuple(adapter.facts.get("labels", ()))
     words: dict[str, Any] = {"system": system, "labels": list(labels), "base_model": models.shown(reference)}
     key = artifact.stage_key("tuned", {"base": base.key, "adapter": adapter.key}, words, {})
-    return Tuned(base.folder, key, models.shown(reference), adapter.path, held, system, tuple(labels))
+    return Tuned(base.folder, key, models.shown(reference), adapter.path, held, system, labels)
 
 
 def _whole(adapter: Artifact) -> None:

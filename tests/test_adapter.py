@@ -34,8 +34,7 @@ def adapted(tmp_path: Path) -> Callable[..., Adapted]:
     def make(arch: str, variant: str) -> Adapted:
         folder = tiny_model(arch, tmp_path / arch)
         train = recipes.Train(variant=variant, r=4, alpha=12)  # type: ignore[arg-type]
-        recipe = recipes.Recipe(name="tiny", base=str(folder), data=recipes.Data(train="rows.jsonl"), train=train)
-        base = pissa.start(recipe, models.Base(folder, "key", arch), tmp_path / "out", lambda share, text: None)
+        base = pissa.start(train, models.Base(folder, "key", arch), tmp_path / "out", lambda share, text: None)
         model = adapter.attach(load.load_base(base.folder, "lora", torch.float32), train, base.start)
         torch.manual_seed(5)
         with torch.no_grad():

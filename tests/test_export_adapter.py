@@ -33,7 +33,7 @@ from tests.tiny_models import tiny_model
 @pytest.fixture
 def model(finished: Line, tiny_base: Path) -> Tuned:
     base = models.open_base(str(tiny_base), Path(), finished.out)
-    return tuned(base, str(tiny_base), artifact.load(finished.one("adapter-*")), "Be brief.", ())
+    return tuned(base, str(tiny_base), artifact.load(finished.one("adapter-*")))
 
 
 @pytest.mark.parametrize("into", ["nf4", "16bit"])
@@ -106,7 +106,7 @@ def test_what_cannot_be_asked_for(finished: Line, tiny_base: Path, tmp_path: Pat
 def test_an_adapter_of_another_base(finished: Line, tmp_path: Path) -> None:
     base = models.Base(tmp_path, "another", "other")
     with pytest.raises(UsageError, match="was trained on another base than other"):
-        tuned(base, "other", artifact.load(finished.one("adapter-*")), None, ())
+        tuned(base, "other", artifact.load(finished.one("adapter-*")))
 
 
 def candidate(base: str, nats: list[float], kl: float) -> merge.Candidate:

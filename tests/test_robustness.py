@@ -16,10 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgelora import artifact, report
+from edgelora import artifact, models, report
 from edgelora.train.finetune import _last_checkpoint
 from edgelora.train.loop import mark_complete
-from tests.line import Done, Line, damaged, edgelora, finished_folders, kill, start, write_recipe
+from tests.line import WORDS, Done, Line, damaged, edgelora, finished_folders, kill, start, write_recipe
+from tests.test_weights import adapter_for
+from tests.tiny_models import tiny_model
 
 # Where to kill: (the stage that is being made, seconds at most after it began). The ONNX builder is the slow one.
 MOMENTS = (
@@ -116,6 +118,45 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tiny_base: Path, t
     assert adapters[0] == adapters[1]
 
 
+@pytest.fixture(scope="module")
+def slow_to_write(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base and an adapter of it whose IQ4_XS file takes about a second to quantize."""
+    folder = tmp_path_factory.mktemp("slow")
+    base = tiny_model("llama", folder / "base", hidden_size=256, intermediate_size=512, num_hidden_layers=6)
+    made = artifact.build(
+        folder, "adapter", "adapter", lambda place: {"method": "qlora", "files": adapter_for(base, place).name},
+        made_from={"base": models.open_base(str(base), Path(), folder).key}, recipe={}, versions={},
+    )  # fmt: skip
+    return base, made.path
+
+
+# A file that shows where an export is, and how long after it came the kill is due (seconds at most).
+EXPORT_MOMENTS = {
+    "writing the first merge": (".scratch/nf4/.*.partial", 0.2),
+    "writing the second merge": (".scratch/16bit/.*.partial", 0.2),
+    "measuring both": (".scratch/16bit/*.gguf", 0.05),
+    "verifying the one that is kept": ("*.gguf", 0.1),
+}
+
+
+@pytest.mark.parametrize("moment", EXPORT_MOMENTS)
+def test_a_killed_export_leaves_no_file(moment: str, slow_to_write: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = slow_to_write
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"part {i} " * 20, "answer": f"a {WORDS[i % 16]}"}) + "\n" for i in range(32)))
+    line = ("export", base, "--adapter", adapter, "--format", "gguf", "--type", "iq4_xs", "--rows", rows, "--threads", 1, "--out", "out")
+    pattern, longest = EXPORT_MOMENTS[moment]
+    process = start(*line, cwd=tmp_path, said=tmp_path)
+    wait_for(lambda: list(tmp_path.glob(f"out/.gguf-*.partial/{pattern}")))
+    time.sleep(random.Random(moment).uniform(0, longest))
+    assert process.exitcode is None, (tmp_path / "err").read_text()
+    kill(process)
+    assert finished_folders(tmp_path / "out") == {}
+    file = Path(edgelora(*line, "--json", cwd=tmp_path).document["path"])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock", file.parent.name]
+    assert damaged(tmp_path / "out") == []
+
+
 def test_only_whole_checkpoints_are_used(tmp_path: Path) -> None:
     for step in (4, 8, 12, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -163,10 +204,13 @@ FULL = Done(
 def test_a_full_disk_stops_every_stage_cleanly(disk: Disk, tiny_base: Path, tmp_path: Path) -> None:
     write_recipe(tmp_path, tiny_base)
     out = disk.folder / "out"
+    adapted = ("export", tiny_base, "--adapter", "disk/out/{adapter}", "--format", "gguf", "--rows", "rows.jsonl", "--threads", 1)
     stages: list[tuple[int, tuple[object, ...]]] = [
         (64 << 10, ("finetune", "tiny.yaml", "--out", "disk/out")),
         (100 << 10, ("merge", "disk/out/{adapter}", "--recipe", "tiny.yaml")),
         (64 << 10, ("export", "disk/out/{model}", "--format", "gguf", "--type", "q8_0", "--threads", 1)),
+        (64 << 10, (*adapted, "--type", "q8_0")),  # full while the first of two files is written
+        (400 << 10, (*adapted, "--type", "q8_0", "--name", "other")),  # the second
         (200 << 10, ("export", "disk/out/{model}", "--format", "onnx", "--type", "int8", "--threads", 1)),
     ]
     for room, line in stages:

@@ -39,7 +39,7 @@ def rows(finished: Line) -> list[Encoded]:
 @pytest.fixture(scope="module")
 def model(finished: Line, tiny_base: Path) -> Tuned:
     base = models.open_base(str(tiny_base), Path(), finished.out)
-    return tuned(base, str(tiny_base), artifact.load(finished.one("adapter-*")), None, ())
+    return tuned(base, str(tiny_base), artifact.load(finished.one("adapter-*")))
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,7 @@ def finetune(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path |
     with echo.progress() as progress, artifact.locked(loaded.out_dir):
         dataset = split.load(loaded)
         base = models.open_base(loaded.base, loaded.folder, loaded.out_dir)
-        base = pissa.start(loaded, base, loaded.out_dir, lambda share, text: progress("decompose", share, text))
+        base = pissa.start(loaded.train, base, loaded.out_dir, lambda share, text: progress("decompose", share, text))
         made = train(loaded, base, dataset, loaded.out_dir, lambda share, text: progress("fine-tune", share, text))
     facts = made.facts
     echo.result(
@@ -154,10 +154,9 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
     with echo.progress() as progress, artifact.locked(adapter.parent):
         dataset = split.load(loaded)
         base = models.open_base(loaded.base, loaded.folder, adapter.parent)
-        base = pissa.start(loaded, base, adapter.parent, lambda share, text: progress("decompose", share, text))
-        labels = dataset.labels if loaded.data.task == "classify" else ()
+        base = pissa.start(loaded.train, base, adapter.parent, lambda share, text: progress("decompose", share, text))
         made = merge_(
-            tuned.tuned(base, loaded.base, made_adapter, loaded.data.system, labels),
+            tuned.tuned(base, loaded.base, made_adapter),
             loaded.merge.base,
             pipeline.selecting_rows(loaded, base.folder, dataset),
             loaded.evaluate,
@@ -231,6 +230,7 @@ def export(
     from edgelora.export import stage as exports
     from edgelora.quant import importance, size_plan
     from edgelora.runtime import runtime
+    from edgelora.train import pissa
 
     if plan_ and not (max_size or max_kl):
         max_size = f"{size_plan.read_plan(plan_)[0].size_bytes}B"
@@ -262,7 +262,9 @@ def export(
     doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
     with echo.progress() as progress, artifact.locked(target):
         base = models.open_base(str(model) if adapter else str(model.absolute()), Path(), target)
-        source = tuned.tuned(base, str(model), made, made.recipe.get("system"), ()) if adapter else tuned.plain(model, base.key)
+        if adapter:
+            base = pissa.start_of(made, base, target, lambda share, text: progress("decompose", share, text))
+        source = tuned.tuned(base, str(model), made) if adapter else tuned.plain(model, base.key)
         encoded, rows_from = samples.rows(base.folder, rows, source.system)
         called = name or (base.name if adapter else model.absolute().name)
         origin = beside.origin(replace(source, name=base.name) if adapter else source, **(made.facts.get("data", {}) if adapter else {}))

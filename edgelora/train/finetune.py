@@ -101,6 +101,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
         "method": train.method,
         "variant": train.variant,
         "base": base.name,
+        **({"labels": list(dataset.labels)} if recipe.data.task == "classify" else {}),
         "data": {"data_licence": recipe.data.licence, "data_attribution": recipe.data.attribution},
         "dtype": str(dtype).removeprefix("torch."),
         "device": load.device(),

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from edgelora import artifact, models, weights
+from edgelora import artifact, models, settings, weights
 from edgelora import recipe as recipes
+from edgelora.artifact import Artifact
 from edgelora.errors import ModelError
 from edgelora.train import adapter, load
 
@@ -26,20 +27,34 @@ _BESIDE = ("*.json", "*.jinja", "*.model")  # the tokenizer and the configuratio
 START = "start"  # the folder of the first B and A, PEFT's format
 
 
-def start(recipe: recipes.Recipe, base: models.Base, out: Path, progress: Callable[[float, str], None]) -> models.Base:
+def start(train: recipes.Train, base: models.Base, out: Path, progress: Callable[[float, str], None]) -> models.Base:
     """The base that training begins on: `base` itself, or for PiSSA its residual, made once below `out`, with the first B and A."""
-    if recipe.train.variant != "pissa":
+    if train.variant != "pissa":
         return base
     made = artifact.build(
         out,
         "residual",
         "residual",
-        lambda folder: _split(base.folder, recipe.train, folder, progress),
+        lambda folder: _split(base.folder, train, folder, progress),
         made_from={"base": base.key},
-        recipe={"r": recipe.train.r, "alpha": recipe.train.alpha, "targets": recipes.as_dict(recipe.train)["targets"]},
+        recipe={"r": train.r, "alpha": train.alpha, "targets": recipes.as_dict(train)["targets"]},
         versions=artifact.versions_of("torch", "peft"),
     )
     return dataclasses.replace(base, folder=made.path, key=made.key, start=made.path / START)
+
+
+def start_of(adapter: Artifact, base: models.Base, out: Path, progress: Callable[[float, str], None]) -> models.Base:
+    """The base that `adapter` was trained on: `base` itself, or its residual, made again unless it is still below `out`.
+
+    ModelError when the adapter's manifest does not say how it was trained.
+    """
+    if adapter.facts.get("variant") != "pissa":
+        return base
+    problems: list[str] = []
+    train = settings.build(recipes.Train, adapter.recipe.get("train"), "train.", problems)
+    if problems:
+        raise ModelError(f"{adapter.path.name}/{artifact.MANIFEST} is damaged: {problems[0]}", "remove the folder and train again")
+    return start(train, base, out, progress)
 
 
 class _Residual(weights.Checkpoint):
