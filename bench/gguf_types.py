@@ -81,6 +81,11 @@ def weighed(recipe: recipes.Recipe, model: tuned.Tuned, described: Path, rows: l
     }
 
 
+def shown(ways: dict[str, dict[str, float]]) -> str:
+    row = ways[f"weight {recipes.Importance.answer_weight}"]
+    return f"{row['of_without']:.2f} [{row['of_without_low']:.2f}, {row['of_without_high']:.2f}]"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
@@ -107,6 +112,7 @@ def main() -> None:
     kept = survived.get("nf4") or next(iter(survived.values()))
     headline = [
         ["kept of the adapter's change", ", ".join(f"{name} {share:.0%}" for name, share in kept["kept"].items())],
+        ["KL with an importance matrix, of that without", ", ".join(f"{kind} {shown(ways)}" for kind, ways in importances["kl"].items())],
     ]
     found = {
         "load_average_before": begun,

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgelora import artifact, evaluate, machine, models, pipeline
+import results
+
+from edgelora import artifact, evaluate, models, pipeline
 from edgelora import recipe as recipes
 from edgelora.data import split
 from edgelora.export import gguf
@@ -26,7 +26,6 @@ from edgelora.runtime import llama_cpp
 from edgelora.tuned import tuned
 
 TYPES = ("f16", "q8_0", "q4_k_m", "q4_0")
-HERE = Path(__file__).resolve()
 
 
 def measure(recipe: recipes.Recipe, adapter: Path, most: int) -> list[dict[str, Any]]:
@@ -66,21 +65,20 @@ def main() -> None:
     for item in options.tuned:
         recipe, _, adapter = item.rpartition(":")
         found += measure(recipes.load(Path(recipe)), Path(adapter), options.rows)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE.parent, check=True
-    ).stdout.strip()
-    described = machine.describe()
-    document = {
-        "what": "referee",
-        "commit": commit,
-        "machine": described,
-        "versions": artifact.versions_of("torch", "bitsandbytes", "peft", "llama-cpp-python"),
-        "rows": found,
-    }
-    place = HERE.parent / "results" / described["class"] / f"{datetime.now(UTC).date()}-{commit}-referee.json"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(place)
+    headline = [
+        (f"{name}, the 16-bit merge's loss against the NF4 one's", changes(found, name))
+        for name in dict.fromkeys(r["tuned"] for r in found)
+    ]
+    command = f"python bench/referee.py {' '.join('RECIPE:ADAPTER' for _ in options.tuned)} --rows {options.rows}"
+    results.save("referee", command, ("torch", "bitsandbytes", "peft", "llama-cpp-python"), headline, {"rows": found})
+
+
+def changes(rows: list[dict[str, Any]], name: str) -> str:
+    return ", ".join(
+        f"{row['type']} {row['change']:+.1%} [{row['change_low']:+.1%}, {row['change_high']:+.1%}]"
+        for row in rows
+        if row["tuned"] == name and row["into"] == "16bit"
+    )
 
 
 if __name__ == "__main__":

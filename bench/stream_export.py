@@ -26,11 +26,12 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import results
 
 from edgelora import artifact, machine, models
 from tests.tiny_models import tiny_tokenizer
@@ -232,22 +233,27 @@ def main() -> None:
         sys.exit(f"{options.work} has less than {needed / 1e9:.0f} GB free: name another folder with --work")
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         found = memory(Path(work)) if options.what == "memory" else turns(Path(work), options.llama_cpp, options.rounds)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE.parent, check=True
-    ).stdout.strip()
-    described = machine.describe()
-    document = {
-        "what": f"stream-export-{options.what}",
-        "commit": commit,
-        "machine": described,
-        "versions": artifact.versions_of("torch", "numpy", "gguf", "llama-cpp-python", "transformers"),
-        **found,
-    }
-    place = HERE.parent / "results" / described["class"] / f"{datetime.now(UTC).date()}-{commit}-stream-export-{options.what}.json"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in document.items() if key not in ("machine", "versions")}, indent=1))
-    print(place)
+    command = f"python bench/stream_export.py {options.what}" + (" --llama-cpp SOURCES" if options.what == "time" else "")
+    results.save(f"stream-export-{options.what}", command, PACKAGES, HEADLINES[options.what](found), found)
+
+
+def memory_headline(found: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("weights", f"{found['weights'] / 1e9:.1f}B"),
+        ("peak anonymous memory", f"{found['peak_anonymous_bytes'] / 1e9:.2f} GB"),
+        ("temporary disk", f"{found['temporary_disk_bytes'] / 1e6:.0f} MB"),
+        ("time", f"{found['seconds']:.0f} s"),
+    ]
+
+
+def time_headline(found: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (f"{kind}, wall time against llama.cpp's converter and quantizer", f"{ratio:.2f}") for kind, ratio in found["ratio_of_best"].items()
+    ]
+
+
+PACKAGES = ("torch", "numpy", "gguf", "llama-cpp-python", "transformers")
+HEADLINES = {"memory": memory_headline, "time": time_headline}
 
 
 if __name__ == "__main__":

@@ -188,7 +188,10 @@ def writing(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process, so that two runs never write into it at once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{folder} is not a folder", "choose another --out") from None
     try:
         import fcntl
     except ImportError:  # not on Windows

@@ -249,7 +249,10 @@ def low_rank(adapter: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
         raise ModelError(f"{adapter.name} cannot be read: {cause}", "it is damaged: remove the folder and train again") from error
     if kind != "LORA" or strange:
         raise ModelError(
-            f"{adapter.name} is a {kind} adapter with {', '.join(strange) or 'another method'}", "a plain LoRA adapter can be merged"
+            f"{adapter.name} has {', '.join(strange)}, which is not merged here"
+            if kind == "LORA"
+            else f"{adapter.name} is {kind}, not LoRA",
+            "train it as `edgelora finetune` does, or merge it with PEFT and export the folder that gives",
         )
     halves: dict[str, dict[str, np.ndarray]] = {}
     for key, place in _places(adapter / "adapter_model.safetensors").items():

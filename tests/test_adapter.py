@@ -114,6 +114,9 @@ def test_each_variant_walks_from_training_to_the_merge(variant: str, tiny_base: 
     config = json.loads((tmp_path / made["adapter"] / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (variant == "rslora", variant == "dora")
     assert made["variant"] == variant
+    line = ("export", tiny_base, "--adapter", made["adapter"], "--format", "gguf", "--type", "f16", "--base", "nf4", "--threads", 1)
+    for place in ("runs/tiny", "elsewhere") if variant == "pissa" else ("runs/tiny",):  # the residual is found, and made again
+        assert edgelora(*line, "--out", place, "--json", cwd=tmp_path).document["kl"] < 1e-3
     assert len([name for name in finished_folders(tmp_path / "runs" / "tiny") if name.startswith("residual-")]) == (variant == "pissa")
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from edgelora import artifact, evaluate, merge, models, weights
 from edgelora import recipe as recipes
@@ -24,7 +26,7 @@ from edgelora.runtime import llama_cpp
 from edgelora.runtime.torch_reference import TorchSession
 from edgelora.train import load
 from edgelora.tuned import Tuned, tuned
-from tests.line import CHAT_ROWS, Line, edgelora, finished_folders
+from tests.line import CHAT_ROWS, CLASSIFY_ROWS, Line, edgelora, finished_folders
 from tests.test_reference import rows_for
 from tests.test_weights import adapter_for
 from tests.tiny_models import tiny_model
@@ -80,6 +82,43 @@ def test_the_command_measures_both_merges(finished: Line, tiny_base: Path, tmp_p
         else:  # the other one may be too far from the trained model to be written at all
             assert done.code in (0, 3)
             assert done.code == 0 or "the culprit is the merge" in done.err
+
+
+def test_layers_that_were_trained_whole_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+
+    def train(folder: Path) -> dict[str, str]:
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config).save_pretrained(folder)
+        return {"method": "lora"}
+
+    key = models.open_base(str(tiny_base), Path(), tmp_path).key
+    made = artifact.build(tmp_path, "adapter", "adapter", train, made_from={"base": key}, recipe={}, versions={})
+    for format in ("gguf", "gguf-lora"):
+        done = edgelora("export", tiny_base, "--adapter", made.path, "--format", format, "--out", "out", cwd=tmp_path)
+        assert (done.code, done.out) == (3, "")
+        assert done.err == (
+            f"error: {made.path.name} has modules_to_save, which is not merged here\n"
+            "train it as `edgelora finetune` does, or merge it with PEFT and export the folder that gives\n"
+        )
+    assert finished_folders(tmp_path / "out") == {}
+
+
+def test_a_classifier_keeps_its_labels(classified: Line, tiny_base: Path, tmp_path: Path) -> None:
+    """Exported from its adapter, by way of a merge, and by a run: the same labels, and the same choices made with them."""
+    adapter, rows = classified.one("adapter-*"), classified.folder / "rows.jsonl"
+    options = ("--format", "gguf", "--type", "q8_0", "--rows", rows, "--threads", 1, "--out", "out", "--json")
+    at_once = edgelora("export", tiny_base, "--adapter", adapter, "--base", "nf4", *options, cwd=tmp_path).document
+    merged = edgelora("export", classified.one("model-*"), *options, cwd=tmp_path).document
+    ran = artifact.load(classified.one("gguf-q8_0-*"))
+    assert at_once["labels"] == merged["labels"] == ran.facts["labels"] == ["delivery", "repair"]
+    assert at_once["rows"] == merged["rows"] == recipes.Evaluate.verify_rows
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text, _ in CLASSIFY_ROWS[:6]), encoding="utf-8")
+    found = []
+    for file in (at_once["path"], ran.file(".gguf")):
+        done = edgelora("predict", file, "q.jsonl", "-o", f"{len(found)}.jsonl", cwd=tmp_path)
+        assert done.code == 0, done.err
+        found.append([json.loads(line)["label"] for line in (tmp_path / f"{len(found)}.jsonl").read_text().splitlines()])
+    assert found[0] == found[1]
 
 
 def test_the_run_says_which_merge_each_file_has(finished: Line) -> None:
