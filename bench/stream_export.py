@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 import results
 
 from edgelora import artifact, machine, models
