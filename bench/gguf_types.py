@@ -28,7 +28,6 @@ from edgelora.data import split
 from edgelora.export import gguf, survival
 from edgelora.quant import importance
 from edgelora.runtime import llama_cpp
-from edgelora.weights import Base
 
 TYPES = ("q4_0", "iq4_nl", "iq4_xs", "q4_k_m", "q3_k_m", "q2_k")
 WEIGHTS = (1, 4, 16)
@@ -104,7 +103,7 @@ def main() -> None:
         base = models.open_base(recipe.base, recipe.folder, options.adapter.parent)
         model = tuned.tuned(base, recipe.base, adapter)
         described = model.describe(work)
-        survived = {into: survival.survey(described, Base(model.base, into), model.merged(into), "q8_0") for into in model.into("auto")}
+        survived = {into: survival.survey(described, model.unmerged(into), model.merged(into), "q8_0") for into in model.into("auto")}
         print(json.dumps(survived), flush=True)
         rows = pipeline.selecting_rows(recipe, base.folder, dataset)
         step = max(1, len(rows) // options.rows)

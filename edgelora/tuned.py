@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class Tuned:
     """`base` is a Hugging Face folder, `adapter` PEFT's folder or None: then this is that model as it is.
 
-    `held` says how training held the base ("nf4" or "16bit"), `name` what the base is called in files that ship, `key`
-    stands for the content of everything here. `folder` is set once a merge was written to this disk.
+    `held` says how training held the base ("nf4" or "16bit") and `arithmetic` what it computed in (torch's name), `name` what
+    the base is called in files that ship, `key` stands for the content of everything here. `folder` is set once a merge was
+    written to this disk.
     """
 
     base: Path
@@ -36,6 +37,7 @@ class Tuned:
     name: str = ""
     adapter: Path | None = None
     held: str = "16bit"
+    arithmetic: str = "float32"
     system: str | None = None
     labels: tuple[str, ...] = ()
     folder: Path | None = None
@@ -50,13 +52,17 @@ class Tuned:
 
     def merged(self, into: str) -> Checkpoint:
         """The weights, each added up when it is read."""
-        return Merged(self.base, self.adapter, into) if self.adapter else Checkpoint(self.base)
+        return Merged(self.base, self.adapter, into, self.arithmetic) if self.adapter else Checkpoint(self.base)
+
+    def unmerged(self, held: str) -> Base:
+        """The base alone, "16bit" or "nf4"."""
+        return Base(self.base, held, self.arithmetic)
 
     def as_trained(self, rows: Sequence[Encoded], threads: int) -> Reference:
         """The model as training left it: the adapter beside the base that training saw."""
         from edgelora.export.reference import Reference
 
-        return Reference(self.base, Base(self.base, self.held), self.adapter, rows, threads)
+        return Reference(self.base, self.unmerged(self.held), self.adapter, rows, threads)
 
     def describe(self, folder: Path) -> Path:
         """Write into `folder` what a merged model has beside its weights: configuration, tokenizer, template."""
@@ -95,7 +101,8 @@ def tuned(base: models.Base, reference: str, adapter: Artifact) -> Tuned:
     system, labels = adapter.recipe.get("system"), tuple(adapter.facts.get("labels", ()))
     words: dict[str, Any] = {"system": system, "labels": list(labels), "base_model": models.shown(reference)}
     key = artifact.stage_key("tuned", {"base": base.key, "adapter": adapter.key}, words, {})
-    return Tuned(base.folder, key, models.shown(reference), adapter.path, held, system, labels)
+    arithmetic = adapter.facts.get("dtype", "float32")
+    return Tuned(base.folder, key, models.shown(reference), adapter.path, held, arithmetic, system, labels)
 
 
 def _whole(adapter: Artifact) -> None:

@@ -92,11 +92,15 @@ class Checkpoint:
 
 
 class Base(Checkpoint):
-    """What an adapter is added to: the weights of `folder` as they are ("16bit"), or as QLoRA training holds them ("nf4")."""
+    """What an adapter is added to: the weights of `folder` as they are ("16bit"), or as QLoRA training holds them ("nf4").
 
-    def __init__(self, folder: Path, held: str) -> None:
+    `arithmetic`: torch's name of the type that training computes in. It rounds the weights to that before 4 bits are left of
+    them: of a float16 checkpoint trained in bfloat16 every twentieth value is another one.
+    """
+
+    def __init__(self, folder: Path, held: str, arithmetic: str = "float32") -> None:
         super().__init__(folder)
-        self.held = held
+        self.held, self.arithmetic = held, arithmetic
         self._lock = threading.Lock()
         self._rounded: tuple[str, _Nf4] | None = None  # of one tensor: ranges are asked for tensor by tensor
 
@@ -109,7 +113,7 @@ class Base(Checkpoint):
         with self._lock:
             if self._rounded is None or self._rounded[0] != name:
                 self._rounded = None  # free it before the next one is made
-                self._rounded = name, _Nf4(self._places[name])
+                self._rounded = name, _Nf4(self._places[name], self.arithmetic)
             return self._rounded[1]
 
 
@@ -122,8 +126,8 @@ class Merged(Base):
     of this base.
     """
 
-    def __init__(self, folder: Path, adapter: Path, into: str) -> None:
-        super().__init__(folder, into)
+    def __init__(self, folder: Path, adapter: Path, into: str, arithmetic: str = "float32") -> None:
+        super().__init__(folder, into, arithmetic)
         tied = _HEAD not in self._places
         if tied and _EMBEDDING in self._places:
             self._places[_HEAD] = self._places[_EMBEDDING]
@@ -153,7 +157,7 @@ class _Nf4:
     kernels, so the values are bit for bit what it dequantizes; here the float32 tensor never exists as a whole.
     """
 
-    def __init__(self, place: _Place) -> None:
+    def __init__(self, place: _Place, arithmetic: str) -> None:
         import bitsandbytes.functional as bnb
         import torch
 
@@ -161,7 +165,8 @@ class _Nf4:
         packed, scales = [], []
         for start in range(0, size, VALUES_AT_ONCE):
             values = torch.from_numpy(place.read(start, min(start + VALUES_AT_ONCE, size)))
-            codes, largest = torch.ops.bitsandbytes.quantize_4bit.default(values, _BLOCK, "nf4", torch.uint8)
+            rounded = values.to(getattr(torch, arithmetic)).float()
+            codes, largest = torch.ops.bitsandbytes.quantize_4bit.default(rounded, _BLOCK, "nf4", torch.uint8)
             packed.append(codes.reshape(-1))
             scales.append(largest)
         self._packed, scale = torch.cat(packed), torch.cat(scales)

@@ -43,6 +43,15 @@ def test_nf4_is_what_training_holds_bit_for_bit(arch: str, tmp_path: Path, monke
         assert torch.equal(torch.from_numpy(np.concatenate(parts)).reshape(shape), expected[name].float()), name
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_training_rounds_before_it_takes_four_bits(stored: torch.dtype, tmp_path: Path) -> None:
+    base = tiny_model("llama", tmp_path / "base", dtype=stored)
+    expected = load.load_base(base, "qlora", torch.bfloat16).dequantize().state_dict()
+    source = weights.Base(base, "nf4", "bfloat16")
+    for name, shape in source.shapes.items():
+        assert torch.equal(torch.from_numpy(source.rows(name)).reshape(shape).bfloat16(), expected[name]), name
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_merge_is_that_of_peft(dtype: torch.dtype, rslora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

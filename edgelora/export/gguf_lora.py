@@ -67,7 +67,7 @@ def write(
     if not isinstance(weights, Merged):
         raise UsageError("gguf-lora is a base and an adapter beside it", "name a base as MODEL and its adapter with --adapter")
     pairs = _pairs(model, weights)
-    base = Base(weights.folder, weights.held)
+    base = Base(weights.folder, weights.held, weights.arithmetic)
     gguf.write(model, type, folder, f"{name}-base", progress, importance, tensor_types, base)
     tensors = list(_tensors(pairs))
     path = folder / f"{name}-lora.gguf"

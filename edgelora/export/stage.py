@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from edgelora import artifact, doctor, evaluate, merge, weights
+from edgelora import artifact, doctor, evaluate, merge
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
@@ -175,7 +175,7 @@ def export(
                 bool(importance) if module.gains_from_importance(described, kind, section.tensor_types, **source(kept)) else None
             )
             if model.adapter and kept and not module.APART:
-                facts["change"] = survival.survey(described, weights.Base(model.base, kept), model.merged(kept), kind)
+                facts["change"] = survival.survey(described, model.unmerged(kept), model.merged(kept), kind)
         shutil.rmtree(scratch)
         facts = {
             "file": written.name,
