@@ -120,6 +120,7 @@ def ours(shape: str, batch: int, tokens: int, steps: int, warmup: int, folder: P
         "rows_at_once": args.per_device_train_batch_size,
         "recomputed_layers": trainer.recomputed,
         "kernels": trainer.obstacle or "fused",
+        "attention": attention.kernel(torch.bfloat16),
         "recorded": trainer.recorder is not None,
         "losses": [h["loss"] for h in trainer.state.log_history if "loss" in h],
     }

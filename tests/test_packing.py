@@ -132,6 +132,24 @@ def test_no_document_sees_another(tmp_path: Path, fast: bool) -> None:
         assert torch.equal(gradient, found[1][1][name]) or (gradient - found[1][1][name]).abs().max() <= 1e-6 * gradient.abs().max(), name
 
 
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_a_gpus_attention_is_the_plain_one(size: int, window: int | None) -> None:
+    """Whichever kernel runs here, against this module's own blocks in fp32: output and gradients, with an empty document at the end."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    chance = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(400, heads, size, generator=chance) for heads in (6, 2, 2, 6))
+    docs = packing.Documents(torch.tensor([0, 5, 69, 70, 200, 400, 400], dtype=torch.int32), 200)
+    out, saved = attention.forward(q, k, v, docs, size**-0.5, window)
+    expected = [out, *attention.backward(grad, q, k, v, out, docs, size**-0.5, window, saved)]
+    q, k, v, grad = (t.cuda().bfloat16() for t in (q, k, v, grad))
+    docs = packing.Documents(docs.starts.cuda(), 200)
+    out, saved = attention.forward(q, k, v, docs, size**-0.5, window)
+    for found, wanted in zip([out, *attention.backward(grad, q, k, v, out, docs, size**-0.5, window, saved)], expected, strict=True):
+        assert (found.cpu().float() - wanted).norm() <= 5e-3 * wanted.norm()
+
+
 def test_padding_changes_nothing(tmp_path: Path) -> None:
     folder, rows = tiny_model("llama", tmp_path / "llama"), rows_of(11, 40, 7, 23)
     model = adapted(folder)

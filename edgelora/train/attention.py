@@ -1,7 +1,7 @@
 """Causal attention inside each document of a batch, never between two.
 
-On a GPU one launch of torch's variable-length flash attention; elsewhere document by document and in blocks of queries, so that
-nothing of the size tokens x tokens is ever made.
+On a GPU one launch of cuDNN's (`attention_cudnn`) or of torch's variable-length flash attention; elsewhere document by document and in
+blocks of queries, so that nothing of the size tokens x tokens is ever made.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
+from edgelora.train import attention_cudnn
 from edgelora.train.packing import Documents
 
 NAME = "edgelora_documents"  # among transformers' attention implementations
 _BLOCK = 256  # queries at once
 _KEPT = 256  # tokens: the probabilities of documents up to this length are kept for the backward pass, longer ones made again
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 Saved = tuple[Any, ...]
 
@@ -25,6 +28,13 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _for_transformers)
+
+
+def kernel(dtype: torch.dtype) -> str:
+    """What computes attention on this machine."""
+    if torch.cuda.is_available() and dtype in _HALVES:
+        return "cuDNN" if attention_cudnn.available() else "flash"
+    return "blocks"
 
 
 def _for_transformers(
@@ -62,7 +72,10 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, docs: Documents, scale: float, window: int | None = None
 ) -> tuple[torch.Tensor, Saved]:
     """Queries (tokens, heads, size), keys and values (tokens, fewer heads, size); the output is like the queries. `window`: how many tokens one sees."""
-    if _flash(q):
+    if _on_gpu(q) and attention_cudnn.available():
+        out, statistics = attention_cudnn.forward(q, k, v, docs, scale, window)
+        return out, (statistics,)
+    if _on_gpu(q):
         left = window - 1 if window is not None and window < docs.longest else -1
         out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, docs.starts, docs.starts, docs.longest, docs.longest, 0.0, True, False,
@@ -90,7 +103,9 @@ def backward(
     saved: Saved,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of queries, keys and values."""
-    if _flash(q):
+    if _on_gpu(q) and attention_cudnn.available():
+        return attention_cudnn.backward(grad, q, k, v, out, saved[0], docs, scale, window)
+    if _on_gpu(q):
         lse, rng, unused, left = saved
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             grad, q, k, v, out, lse, docs.starts, docs.starts, docs.longest, docs.longest, 0.0, True, rng, unused,
@@ -111,8 +126,8 @@ def backward(
     return dq, dk, dv
 
 
-def _flash(q: torch.Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+def _on_gpu(q: torch.Tensor) -> bool:
+    return q.is_cuda and q.dtype in _HALVES
 
 
 def _blocks(docs: Documents, window: int | None) -> Iterator[tuple[int, int, int, bool]]:

@@ -106,6 +106,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
         "dtype": str(dtype).removeprefix("torch."),
         "device": load.device(),
         "kernels": "plain: " + str(trainer.obstacle) if trainer.obstacle else "fused",
+        "attention": attention.kernel(dtype),
         "rows_at_once": trainer.args.per_device_train_batch_size,
         "recomputed_layers": trainer.recomputed,
         "trained_parameters": trained,

