@@ -7,7 +7,8 @@ Writes the base as Q4_0 and as Q8_0 and benches them again and again, one thread
     calm     the Q4_0 file on an idle machine. 200 pairs of these, one of each pair with every sample 10 % longer: how many are caught?
              The same pairs untouched: how many are called slower?
     slower   the Q8_0 file under the Q4_0 file's name: really slower in the runtime itself. How many are caught?
-    near     in turns the Q4_0 file and another type of about its size (--near-type), named alike: real pairs that lie close
+    near     in turns the Q4_0 file and one with some matrices in another type (--near-tensors), about 10 % slower, named alike:
+             20 pairs of different files, and 20 of the same file besides
     loaded   the Q4_0 file beside none, one or two busy processes that come and go: each record against the one before.
 
 The budget is `decode: -5%` throughout, and `size: +0%` for the size alarms; `report A B` calls a difference real, noise or
@@ -22,6 +23,7 @@ import itertools
 import json
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -122,72 +124,75 @@ def lengthened(row: dict[str, Any], factor: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
-    parser.add_argument("--calm", type=int, default=40)
-    parser.add_argument("--slower", type=int, default=20)
-    parser.add_argument("--near", type=int, default=20)
-    parser.add_argument("--near-type", default="q4_1")
-    parser.add_argument("--loaded", type=int, default=101)
-    parser.add_argument("--reuse", type=Path, help="an earlier result, whose records stand in for kinds of which none are asked")
+    for kind, count in (("calm", 40), ("slower", 20), ("near", 20), ("loaded", 101)):
+        parser.add_argument(f"--{kind}", type=int, default=count, help="records; of near pairs of them. 0: none")
+    parser.add_argument("--near-tensors", default="ffn_up=q8_0", help="PATTERN=TYPE, as of `edgelora export --tensor-type`")
     options = parser.parse_args()
-    records: dict[str, list[dict[str, Any]]] = {"calm": [], "slower": [], "loaded": [], "near": []}
-    if options.reuse:
-        for kind, rows in json.loads(options.reuse.read_text(encoding="utf-8"))["records"].items():
-            if not getattr(options, kind):
-                records[kind] = [{**row, "crowded": row.get("crowded", "other programs" in row["noisy_why"])} for row in rows]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         base = models.open_base(options.base, Path(), folder)
-        file = gguf.write(base.folder, "q4_0", folder, "model", lambda share, text: None).rename(folder / "model.gguf")
-        (folder / "slow").mkdir()
-        slow = gguf.write(base.folder, "q8_0", folder, "model", lambda share, text: None).rename(folder / "slow" / "model.gguf")
-        (folder / "near").mkdir()
-        near = gguf.write(base.folder, options.near_type, folder, "near", lambda share, text: None).rename(folder / "near" / "model.gguf")
+        file = written(base.folder, folder / "q4_0", "q4_0")
+        slow = written(base.folder, folder / "q8_0", "q8_0")
+        near = written(base.folder, folder / "near", "q4_0", options.near_tensors)
         size = file.stat().st_size
         shutil.rmtree(base.folder, ignore_errors=True)
-        for kind, path, count in (("calm", file, options.calm), ("slower", slow, options.slower)):
-            for number in range(count):
-                records[kind].append(record(path))
-                print(kind, number, f"{records[kind][-1]['decode_tok_per_s']:.1f} tok/s", records[kind][-1]["noisy_why"], flush=True)
-        for number in range(2 * options.near):
-            records["near"].append(record(near if number % 2 else file))
-            print("near", number, f"{records['near'][-1]['decode_tok_per_s']:.1f} tok/s", records["near"][-1]["noisy_why"], flush=True)
+        records = {
+            "calm": measured("calm", [file] * options.calm),
+            "slower": measured("slower", [slow] * options.slower),
+            "near": measured("near", [file, near] * options.near),
+        }
         with comings_and_goings() if options.loaded else nullcontext():
-            for number in range(options.loaded):
-                records["loaded"].append(record(file))
-                print(
-                    "loaded",
-                    number,
-                    f"{records['loaded'][-1]['decode_tok_per_s']:.1f} tok/s",
-                    records["loaded"][-1]["noisy_why"],
-                    flush=True,
-                )
-
-    chance = random.Random(0)
-    calm = records["calm"]
-    pairs = [chance.sample(range(len(calm)), 2) for _ in range(200)]
-    found: dict[str, Any] = {
-        "calm pairs, one 10 % slower": Counter(verdict(calm[i], lengthened(calm[j], 1.10), size)[0] for i, j in pairs),
-        "calm pairs as they are": Counter(verdict(calm[i], calm[j], size)[0] for i, j in pairs),
-        "really slower": Counter(verdict(chance.choice(calm), row, size)[0] for row in records["slower"]),
-    }
-    found["report A B, equal pairs"] = Counter(reported(a, b) for a, b in zip(calm[::2], calm[1::2], strict=False))
-    found["report A B, one 10 % slower"] = Counter(reported(calm[i], lengthened(calm[j], 1.10)) for i, j in pairs)
-    found["report A B, really slower"] = Counter(reported(chance.choice(calm), row) for row in records["slower"])
-    if near_pairs := list(zip(records["near"][::2], records["near"][1::2], strict=False)):
-        shares = sorted(speeds.slowdown(a, b, "decode", 0.0).share for a, b in near_pairs)
-        kind = f"{options.near_type}, {shares[len(shares) // 2]:+.0%} a token"
-        found[f"report A B, {kind}"] = Counter(reported(a, b) for a, b in near_pairs)
-        equal = [*itertools.pairwise(records["near"][::2]), *itertools.pairwise(records["near"][1::2])]
-        found["report A B, equal pairs beside them"] = Counter(reported(a, b) for a, b in equal)
-    loaded = records["loaded"]
-    judged = [verdict(a, b, size) for a, b in itertools.pairwise(loaded)]
-    found["loaded, speed"] = Counter(speed for speed, _ in judged)
-    found["loaded, size"] = Counter(bytes_ for _, bytes_ in judged)
-    headline = [[what, ", ".join(f"{count} {word}" for word, count in words.items())] for what, words in found.items()]
-    command = "python bench/alarms.py --base " + models.shown(options.base) + f" --near-type {options.near_type}"
-    reused = [kind for kind in records if options.reuse and not getattr(options, kind)]
-    results.save("alarms", command, ("llama-cpp-python",), headline, {"reused": reused, "verdicts": found, "records": records})
+            records["loaded"] = measured("loaded", [file] * options.loaded)
+    found = {what: dict(Counter(words)) for what, words in judged(records, size, options.near_tensors)}
     print(json.dumps(found, indent=1))
+    headline = [[what, ", ".join(f"{count} {word}" for word, count in words.items())] for what, words in found.items()]
+    asked = " ".join(f"--{kind} {getattr(options, kind)}" for kind in records)
+    command = f"python bench/alarms.py --base {models.shown(options.base)} {asked} --near-tensors {options.near_tensors}"
+    results.save("alarms", command, ("llama-cpp-python",), headline, {"verdicts": found, "records": records})
+
+
+def written(model: Path, folder: Path, kind: str, *tensors: str) -> Path:
+    """The base as a file of that type, called as all others are."""
+    folder.mkdir()
+    return gguf.write(model, kind, folder, "model", lambda share, text: None, tensor_types=tensors).rename(folder / "model.gguf")
+
+
+def measured(kind: str, files: list[Path]) -> list[dict[str, Any]]:
+    records = []
+    for number, path in enumerate(files):
+        records.append(record(path))
+        print(kind, number, f"{records[-1]['decode_tok_per_s']:.1f} tok/s", records[-1]["noisy_why"], flush=True)
+    return records
+
+
+def judged(records: dict[str, list[dict[str, Any]]], size: int, near: str) -> Iterator[tuple[str, list[str]]]:
+    """(what was asked, the verdicts) of every kind of pair that there are records for."""
+    chance = random.Random(0)
+    if calm := records["calm"]:
+        pairs = [chance.sample(calm, 2) for _ in range(200)]
+        slower = [(chance.choice(calm), row) for row in records["slower"]]
+        yield "check, calm pairs, one 10 % slower", [verdict(a, lengthened(b, 1.10), size)[0] for a, b in pairs]
+        yield "check, calm pairs as they are", [verdict(a, b, size)[0] for a, b in pairs]
+        yield "check, really slower", [verdict(a, b, size)[0] for a, b in slower]
+        yield "report A B, calm pairs, one 10 % slower", [reported(a, lengthened(b, 1.10)) for a, b in pairs]
+        yield "report A B, calm pairs as they are", [reported(a, b) for a, b in pairs]
+        yield "report A B, really slower", [reported(a, b) for a, b in slower]
+    if one_and_other := list(neighbours(records["near"])):
+        differ = [speeds.slowdown(a, b, "decode", 0.0) for a, b in one_and_other]
+        kind = f"{near}, {statistics.median(one.share for one in differ if one):+.1%} a token"
+        yield f"check, {kind}", [verdict(a, b, size)[0] for a, b in one_and_other]
+        yield f"report A B, {kind}", [reported(a, b) for a, b in one_and_other]
+        same = [*neighbours(records["near"][::2]), *neighbours(records["near"][1::2])]  # disjoint: no record is in two pairs
+        yield "check, pairs of the same file beside them", [verdict(a, b, size)[0] for a, b in same]
+        yield "report A B, pairs of the same file beside them", [reported(a, b) for a, b in same]
+    if loaded := list(itertools.pairwise(records["loaded"])):
+        yield "check, loaded, speed", [verdict(a, b, size)[0] for a, b in loaded]
+        yield "check, loaded, size", [verdict(a, b, size)[1] for a, b in loaded]
+
+
+def neighbours(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pairs of neighbours, each row in one."""
+    return zip(rows[::2], rows[1::2], strict=False)
 
 
 if __name__ == "__main__":
