@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,26 @@ def test_the_report_shows_what_is_taken_for_what(classified: Line) -> None:
         assert np.trace(counts) / counts.sum() == row["after"]
         assert labels.macro_f1(counts) == row["macro_f1_after"]
     assert "Confusion matrix of 2 labels" in (classified.out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_bench_with_rows_counts_what_is_taken_for_what(classified: Line, tmp_path: Path) -> None:
+    file = next(classified.one("gguf-*").glob("*.gguf"))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"It hums {n}", "label": label}) + "\n" for n in range(2) for label in ("repair", "delivery"))
+    )
+    short = ("--threads", "1", "--prompt-tokens", "4", "--repeats", "3")
+    assert edgelora("bench", file, "--rows", "rows.jsonl", *short, "-o", "page", cwd=tmp_path).code == 0
+    document = report.read(tmp_path / "page")
+    counts = np.array(document["confusion"][0]["counts"])
+    assert counts.sum(1).tolist() == [2, 2]  # the same text twice under each label: whatever it is taken for, half are right
+    assert (document["accuracy"][0]["after"], document["accuracy"][0]["macro_f1_after"]) == (0.5, labels.macro_f1(counts))
+
+    (tmp_path / "rows.jsonl").write_text('{"text": "It hums", "label": "noise"}\n')
+    done = edgelora("bench", file, "--rows", "rows.jsonl", *short, cwd=tmp_path)
+    assert (done.code, done.err) == (
+        2,
+        f"error: line 1: the label 'noise' is none that {file.name} was trained on\nits labels: delivery, repair\n",
+    )
 
 
 def test_predict_refuses_labels_of_another_classifier(classified: Line, tmp_path: Path) -> None:
