@@ -137,8 +137,9 @@ def estimate(table: Table, device: Device, runtime: str, file: str, bytes_per_to
     small = bytes_per_token < _NEAR * smallest
     said = trust(table, runtime)
     if small:
-        said += (
-            f"; one token reads {bytes_per_token / 1e6:,.0f} MB, in the published figures {smallest / 1e6:,.0f} MB or more: likely too fast"
+        said = (
+            f"not validated at this size, likely too fast: one token reads {bytes_per_token / 1e6:,.0f} MB, in the published figures "
+            f"{smallest / 1e6:,.0f} MB or more; {said}"
         )
     return Estimate(
         file,

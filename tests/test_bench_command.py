@@ -133,7 +133,8 @@ def test_estimates_measure_nothing(folder: Path, tmp_path: Path) -> None:
     assert "machine" not in document  # nothing ran on it
     page = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
     assert "Nothing here was measured." in page
-    assert "Estimated decode" in page
+    assert "Estimate, tok/s: tiny-q8_0.gguf in llama.cpp" in page
+    assert "not validated" in page  # far smaller than what was published
 
 
 @pytest.mark.parametrize(

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from edgelora.report import figures as f
-from edgelora.report.tables import Column, Row, Table, of, rows, tabulate, text
+from edgelora.report.tables import Column, Row, Table, rows, tabulate, text
 
 
 def table(doc: Row) -> Table:
-    return tabulate(
-        rows(doc, "estimates"),
-        [
-            Column("Device", text("device"), numeric=False),
-            Column("File", text("file"), numeric=False),
-            Column("Runtime", text("runtime"), numeric=False),
-            Column("Estimated decode, tok/s", _estimated, by="decode_tok_per_s"),
-            Column("A token reads", of("bytes_per_token", f.size), by="bytes_per_token"),
-            Column("Memory bandwidth", lambda row: f.suffixed(f.number(row.get("bandwidth_gb_per_s")), "GB/s"), by="bandwidth_gb_per_s"),
-            Column("Efficiency", of("efficiency", lambda v: f.percent(v, 0)), by="efficiency"),
-            Column("Validated", lambda row: "" if row.get("validated") is None else "yes" if row["validated"] else "no", numeric=False),
-        ],
-    )
+    """A device a row, a file (in a runtime) a column."""
+    found = rows(doc, "estimates")
+    devices: dict[str, dict[str, Any]] = {}
+    for row in found:
+        device = devices.setdefault(row.get("device") or "", {"device": row.get("device"), "bandwidth": row.get("bandwidth_gb_per_s")})
+        device[_way(row)] = row
+
+    def of(way: str, show: Callable[[Row], Any]) -> Callable[[Row], Any]:
+        return lambda device: show(device.get(way) or {})
+
+    speeds = [
+        Column(f"Estimate, tok/s: {way}", of(way, _estimated), by=of(way, lambda row: row.get("decode_tok_per_s")))
+        for way in dict.fromkeys(map(_way, found))
+    ]
+    bandwidth = Column("Memory bandwidth", lambda device: f.suffixed(f.number(device["bandwidth"]), "GB/s"), by="bandwidth")
+    return tabulate(list(devices.values()), [Column("Device", text("device"), numeric=False), *speeds, bandwidth])
 
 
 def trust(doc: Row) -> list[str]:
-    """How far the estimates of each runtime and file can be trusted, a line each."""
-    said: dict[str, list[str]] = {}
+    """What the estimates of each file rest on and how far they can be trusted, a line each."""
+    said = []
     for row in rows(doc, "estimates"):
-        if row.get("trust"):
-            said.setdefault(row["trust"], []).append(" of ".join(filter(None, (row.get("runtime"), row.get("file")))))
-    return [f"{', '.join(dict.fromkeys(who))}: {why}." for why, who in said.items()]
+        share = f.suffixed(f.percent(row.get("efficiency"), 0), "of the bandwidth")
+        read = f.labelled("a token reads ", f.size(row.get("bytes_per_token")))
+        if words := "; ".join(filter(None, (f.aside(read, share), row.get("trust")))):
+            said.append(f"{_way(row)}: {words}.")
+    return list(dict.fromkeys(said))
+
+
+def _way(row: Row) -> str:
+    return " in ".join(filter(None, (row.get("file"), row.get("runtime"))))
 
 
 def _estimated(row: Row) -> str:
-    """'about 120 [90, 150]': two digits, as no estimate knows a third."""
+    """'≈ 120 [90, 150]': two digits, as no estimate knows a third."""
     value = f.within(row.get("decode_tok_per_s"), row.get("low"), row.get("high"), lambda v: f.number(v, 2))
     return f.labelled("≈ ", value)

@@ -43,7 +43,7 @@ def join(children: Iterable[object]) -> Markup:
 
 def breakable(text: str) -> list[str]:
     """`text` in pieces after whose underscores a line may break, as the names of files and labels want."""
-    pieces = [word for part in re.split(r"(?<=\w_)(?=\w\w)", text) for word in (part, tag("wbr"))]
+    pieces = [word for part in re.split(r"(?<=[^\W_]_)(?=[^\W_]{2})", text) for word in (part, tag("wbr"))]
     return pieces[:-1]
 
 

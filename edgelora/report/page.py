@@ -258,7 +258,7 @@ def _table(table: tables.Table) -> Markup:
     if not table:
         return NOTHING
     align = ["right" if right else None for right in table.numeric]
-    head = tag("tr", *(tag("th", title, class_=a, scope="col") for title, a in zip(table.titles, align, strict=True)))
+    head = tag("tr", *(tag("th", *breakable(title), class_=a, scope="col") for title, a in zip(table.titles, align, strict=True)))
     keys = table.keys or [(None,) * len(align)] * len(table.rows)
     body = [
         tag("tr", *(_cell(cell, a, key) for cell, a, key in zip(row, align, by, strict=True)))

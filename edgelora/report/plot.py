@@ -131,7 +131,7 @@ def bars(rows: Sequence[Bar], description: str) -> Markup:
         marks += [tag("line", x1=scale.at(s), x2=scale.at(s), y1=base + 22, y2=base + 30, class_="sample") for s in row.samples[:50]]
         if row.expected is not None:
             at = scale.at(row.expected)
-            marks.append(tag("line", tag("title", "predicted"), x1=at, x2=at, y1=base + 17, y2=base + 35, class_="expected"))
+            marks.append(tag("line", tag("title", "predicted"), x1=at, x2=at, y1=base + 19, y2=base + 34, class_="expected"))
     return _svg(len(rows) * 40 - 2, description, marks)
 
 

@@ -54,6 +54,7 @@ pre {
   margin: 0 0 2px;
 }
 .tile .n { font-size: 13px; line-height: 1.4; }
+.tile:only-child { max-width: 280px; }
 .tile.pass { border-color: var(--good); background: var(--good-tint); }
 .tile.fail { border-color: var(--bad); background: var(--bad-tint); }
 
@@ -85,7 +86,7 @@ figure svg { display: block; width: 100%; max-width: 460px; height: auto; overfl
 table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.4; font-variant-numeric: tabular-nums; }
 th, td { padding: 9px 12px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
-thead th { color: var(--soft); font-weight: 500; font-size: 13px; white-space: normal; vertical-align: bottom; min-width: 5.5em; }
+thead th { color: var(--soft); font-weight: 500; font-size: 13px; white-space: normal; vertical-align: bottom; min-width: 4em; }
 .beside > .scroll { min-width: 0; }
 .beside :is(th, td) { padding-inline: 9px; }
 td.long { white-space: normal; min-width: 16em; overflow-wrap: anywhere; }

@@ -197,12 +197,14 @@ def merges(doc: Row) -> list[Row]:
 
 
 def anatomy(doc: Row) -> Table:
-    """Bytes of each group of tensors, a file a row; the types of a group below its size."""
+    """Bytes of each group of tensors, a file a row; the types of a group below its size. Groups below 0.5 % in every file are left out."""
     found = [row for row in rows(doc, "files") if section(row, "parts")]
     totals: dict[str, int] = {}
     for row in found:
-        for group, types in section(row, "parts").items():
-            totals[group] = totals.get(group, 0) + group_bytes(types or {})
+        sizes = {group: group_bytes(types or {}) for group, types in section(row, "parts").items()}
+        for group, n_bytes in sizes.items():
+            if group in totals or n_bytes >= 0.005 * sum(sizes.values()):
+                totals[group] = totals.get(group, 0) + n_bytes
 
     def cell(group: str) -> Callable[[Row], str]:
         def show(row: Row) -> str:
