@@ -76,7 +76,7 @@ class Lab:
 
         source = self.sources[name]
         values = self.weights.rows(source.name)
-        return values if source.change is None else source.change(torch.from_numpy(values), self.config).numpy()
+        return values if source.change is None else source.change.do(torch.from_numpy(values), self.config).numpy()
 
     def log_probs(self) -> list[Any]:
         import torch
@@ -101,7 +101,7 @@ class Lab:
             kept[name] = weight.data
             changed = torch.from_numpy(values)
             if source.change is not None:
-                order = source.change(torch.arange(len(values), dtype=torch.float32)[:, None], self.config)[:, 0].long()
+                order = source.change.do(torch.arange(len(values), dtype=torch.float32)[:, None], self.config)[:, 0].long()
                 changed = torch.empty_like(changed).index_copy_(0, order, changed)
             weight.data = changed.to(self.device)
         nats, losses, own, agreed = [], [], [], 0

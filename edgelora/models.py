@@ -8,8 +8,6 @@ org/name@revision          a model of the Hugging Face hub
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import re
@@ -22,14 +20,10 @@ from typing import Any
 from edgelora import artifact
 from edgelora.data import chat
 from edgelora.errors import ModelError
-from edgelora.gguf_header import read_header
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Formats that run code when they are read. A folder that offers only these is refused.
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# Digits one by one, then byte-level words: llama.cpp's pre-tokenizer "smollm" (llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM).
-# transformers 5.23 ignores `tokenizer.ggml.pre` and rebuilds every GGUF tokenizer with the plain byte-level one.
-_DIGIT_BY_DIGIT = ("smollm",)
 _PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ {'system': '', 'user': 'User: ', 'assistant': 'Assistant: '}[m['role']] + m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
@@ -70,12 +64,14 @@ def open_base(reference: str, folder: Path, out: Path) -> Base:
     if found.is_dir():
         _check_folder(found)
         return Base(found, _folder_key(found), found.resolve().name)
+    from edgelora import gguf_base
+
     key = artifact.sha256(found)
     converted = artifact.build(
         out,
         "base",
         "base",
-        lambda work: _from_gguf(found, work),
+        lambda work: gguf_base.write(found, work),
         made_from={"gguf": key},
         recipe={},
         versions=artifact.versions_of("transformers", "gguf", "torch"),
@@ -135,8 +131,11 @@ def tokenizer_of(reference: str, folder: Path) -> Any:
         return open_tokenizer(_hub_folder(found, weights=False))
     if found.is_dir():
         return open_tokenizer(found)
+    from edgelora import gguf_vocabulary
+    from edgelora.gguf_header import read_header
+
     with tempfile.TemporaryDirectory() as work:
-        _gguf_tokenizer(found).save_pretrained(work)
+        gguf_vocabulary.tokenizer(read_header(found)).save_pretrained(work)
         return open_tokenizer(Path(work))
 
 
@@ -258,56 +257,3 @@ def cached(reference: str) -> Path | None:
     name, _, revision = reference.partition("@")
     found = try_to_load_from_cache(name, "config.json", revision=revision or None)
     return Path(found).parent if isinstance(found, str) else None
-
-
-def _from_gguf(path: Path, work: Path) -> dict[str, Any]:
-    """Write a GGUF base as a Hugging Face folder in bf16, with a tokenizer that gives llama.cpp's ids."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.quantization_config import GgufConfig
-
-    tokenizer = _gguf_tokenizer(path)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # it draws a progress bar that nothing else turns off
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=torch.bfloat16,
-                local_files_only=True,
-                quantization_config=GgufConfig(dequantize=True),  # else the model refuses to be saved
-            )
-    except Exception as error:
-        raise ModelError(f"{path.name} cannot be read as a base: {error}", "use a GGUF of a text model that transformers knows") from error
-    as_dense(model).save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    tidy(work, path.name)
-    return {
-        "parameters": model.num_parameters(),
-        "architecture": model.config.model_type,
-        "gguf_pre_tokenizer": read_header(path).metadata.get("tokenizer.ggml.pre"),
-        "licence": read_header(path).metadata.get("general.license"),
-    }
-
-
-def _gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer of a GGUF base, which gives llama.cpp's ids. A truncated or hostile file ends here, with a clear line."""
-    from transformers import AutoTokenizer
-
-    header = read_header(path)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except Exception as error:
-        raise ModelError(f"{path.name} cannot be read as a base: {error}", "use a GGUF of a text model that transformers knows") from error
-    _mend_tokenizer(tokenizer, str(header.metadata.get("tokenizer.ggml.pre", "")))
-    return tokenizer
-
-
-def _mend_tokenizer(tokenizer: Any, pre: str) -> None:
-    """Give a tokenizer that transformers rebuilt from a GGUF the pre-tokenizer that the file asks for."""
-    if pre in _DIGIT_BY_DIGIT:
-        from tokenizers import pre_tokenizers
-
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-        )

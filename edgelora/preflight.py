@@ -60,8 +60,8 @@ def token_parity(tokenizer: Any, gguf: Path | None, texts: list[str]) -> None:
         for text in texts:
             if list(tokenizer(text, add_special_tokens=False)["input_ids"]) != vocabulary.tokenize(text):
                 raise EdgeloraError(
-                    f"{gguf.name}: its tokenizer as transformers reads it differs from llama.cpp's on {text[:40]!r}",
-                    "training would see other tokens than the phone; use the model's safetensors as base",
+                    f"{gguf.name}: its tokenizer as training would see it differs from llama.cpp's on {text[:40]!r}",
+                    "the phone would see other tokens; use the model's safetensors as base",
                 )
 
 

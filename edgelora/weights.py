@@ -191,12 +191,13 @@ class _Nf4:
         return np.asarray(values.reshape(-1).numpy())
 
 
-def write(source: Checkpoint, folder: Path, progress: Callable[[float, str], None]) -> None:
-    """Write `source` into `folder` as bfloat16 safetensors, a range of rows at a time; several files above 4 GiB."""
+def write(source: Checkpoint, folder: Path, progress: Callable[[float, str], None], dtype: str = "BF16") -> None:
+    """Write `source` into `folder` as safetensors of `dtype` (BF16, F16 or F32), a range of rows at a time; several files above 4 GiB."""
+    width = _TYPES[dtype].itemsize
     shards: list[list[str]] = [[]]
     size = 0
     for name, shape in source.shapes.items():
-        n_bytes = 2 * math.prod(shape)
+        n_bytes = width * math.prod(shape)
         if shards[-1] and size + n_bytes > _SHARD_BYTES:
             shards.append([])
             size = 0
@@ -210,8 +211,8 @@ def write(source: Checkpoint, folder: Path, progress: Callable[[float, str], Non
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in names:
-            begin, end = end, end + 2 * math.prod(source.shapes[name])
-            header[name] = {"dtype": "BF16", "shape": source.shapes[name], "data_offsets": [begin, end]}
+            begin, end = end, end + width * math.prod(source.shapes[name])
+            header[name] = {"dtype": dtype, "shape": source.shapes[name], "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with (folder / file).open("wb") as stream:
@@ -219,12 +220,15 @@ def write(source: Checkpoint, folder: Path, progress: Callable[[float, str], Non
             for name in names:
                 progress(done / total, name)
                 for first, last in ranges(source.shapes[name]):
-                    stream.write(_bfloat16(source.rows(name, first, last)))
+                    stream.write(_packed(source.rows(name, first, last), dtype))
                 done += math.prod(source.shapes[name])
             stream.flush()
             os.fsync(stream.fileno())
     if len(files) > 1:
-        index = {"metadata": {"total_size": 2 * total}, "weight_map": {n: f for f, names in zip(files, shards, strict=True) for n in names}}
+        index = {
+            "metadata": {"total_size": width * total},
+            "weight_map": {n: f for f, names in zip(files, shards, strict=True) for n in names},
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
@@ -235,7 +239,9 @@ def ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, rows)
 
 
-def _bfloat16(values: np.ndarray) -> bytes:
+def _packed(values: np.ndarray, dtype: str) -> bytes:
+    if dtype != "BF16":
+        return values.astype(_TYPES[dtype], copy=False).tobytes()
     import torch
 
     return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy().tobytes()

@@ -65,7 +65,7 @@ def test_a_matrix_costs_what_was_predicted(tiny: Tiny) -> None:
     for name in (name for name in tiny.curvature.source if name.startswith("blk.")):
         weight = modules[sources[name].name.removesuffix(".weight")].weight
         change = small(weight, len(ratios))
-        in_file = change if sources[name].change is None else sources[name].change(change, config)
+        in_file = change if sources[name].change is None else sources[name].change.do(change, config)
         ratios.append(tiny.measured(weight, change) / tiny.curvature.cost(name, in_file.numpy()))
     assert len(ratios) == 7 * config.num_hidden_layers
     assert min(ratios) > 0.6

@@ -1,14 +1,14 @@
-"""How llama.cpp names and stores what a Hugging Face checkpoint holds, one `Architecture` for each model type.
+"""How llama.cpp names and stores what a Hugging Face checkpoint holds, one `Architecture` for each model type, and the way back.
 
 A tensor keeps its values or is changed in one of two ways: rows of q and k are put into the order that llama.cpp's
-rotation wants (`pairs`), or one is added to a norm's weights because Hugging Face adds it at run time (`plus_one`).
-What llama.cpp would compute differently from Hugging Face, and has no key for, is a ModelError here.
+rotation wants (`query_pairs`, `key_pairs`), or one is added to a norm's weights because Hugging Face adds it at run time
+(`plus_one`). What llama.cpp would compute differently from Hugging Face, and has no key for, is a ModelError here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,27 @@ from edgelora.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-Change = Callable[["torch.Tensor", Any], "torch.Tensor"]
 Metadata = dict[str, Any]
+Settings = dict[str, Any]  # of config.json
 
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to a checkpoint's tensor on its way into a GGUF file, given the configuration, and what undoes it."""
+
+    do: Callable[[torch.Tensor, Any], torch.Tensor]
+    undo: Callable[[torch.Tensor, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class File:
+    """What a GGUF file says of a model: its keys below the architecture's name, its tensors' names, and their values, float32."""
+
+    keys: Mapping[str, Any]
+    names: Collection[str]
+    read: Callable[[str], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -39,12 +56,14 @@ class Architecture:
     """`layer` maps a GGUF name (after ``blk.N.``) to its source (after ``model.layers.N.``).
 
     `metadata(config)` gives the keys below the architecture's name, `vectors(config)` further 32-bit tensors that
-    the configuration implies; both raise ModelError for what llama.cpp cannot run.
+    the configuration implies; both raise ModelError for what llama.cpp cannot run. `settings(file)` is the way back: what
+    of config.json a file's keys and such tensors say; KeyError or TypeError for keys that are not there or of another type.
     """
 
     name: str
     layer: Mapping[str, Source]
     metadata: Callable[[Any], Metadata]
+    settings: Callable[[File], Settings]
     vectors: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
     final_norm: Change | None = None
 
@@ -69,6 +88,15 @@ def of(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def of_gguf(name: str) -> tuple[str, Architecture]:
+    """The model type that reads GGUF files of the architecture `name`, and that architecture; ModelError lists the known ones."""
+    for model_type, architecture in ARCHITECTURES.items():
+        if architecture.name == name:
+            return model_type, architecture
+    known = ", ".join(dict.fromkeys(architecture.name for architecture in ARCHITECTURES.values()))
+    raise ModelError(f"the GGUF architecture {name!r} is not known", f"known: {known}; or use the model's safetensors as base")
+
+
 # ---- changes ----
 
 
@@ -77,19 +105,16 @@ def _pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def query_pairs(weight: torch.Tensor, config: Any) -> torch.Tensor:
-    return _pairs(weight, config.num_attention_heads)
+def _halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    return weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def key_pairs(weight: torch.Tensor, config: Any) -> torch.Tensor:
-    return _pairs(weight, config.num_key_value_heads)
+query_pairs = Change(lambda w, config: _pairs(w, config.num_attention_heads), lambda w, config: _halves(w, config.num_attention_heads))
+key_pairs = Change(lambda w, config: _pairs(w, config.num_key_value_heads), lambda w, config: _halves(w, config.num_key_value_heads))
+plus_one = Change(lambda w, config: w.float() + 1, lambda w, config: w - 1)
 
 
-def plus_one(weight: torch.Tensor, config: Any) -> torch.Tensor:
-    return weight.float() + 1
-
-
-# ---- hyper-parameters ----
+# ---- hyper-parameters, and back ----
 
 
 def _common(config: Any) -> Metadata:
@@ -105,6 +130,28 @@ def _common(config: Any) -> Metadata:
         "attention.value_length": _head_dim(config),
         "vocab_size": config.vocab_size,
     }
+
+
+def _common_settings(file: File) -> Settings:
+    keys = file.keys
+    heads = int(keys["attention.head_count"])
+    return {
+        "max_position_embeddings": keys["context_length"],
+        "hidden_size": keys["embedding_length"],
+        "num_hidden_layers": keys["block_count"],
+        "intermediate_size": keys["feed_forward_length"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
+        "rms_norm_eps": _short(keys["attention.layer_norm_rms_epsilon"]),
+        "head_dim": keys.get("attention.key_length", keys["embedding_length"] // heads),
+        "rope_parameters": _rotation_settings(keys),
+        "tie_word_embeddings": "output.weight" not in file.names,
+    }
+
+
+def _short(value: float) -> float:
+    """The shortest number that is the same in 32 bits: 1e-05 instead of 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
 
 
 def _head_dim(config: Any) -> int:
@@ -139,6 +186,16 @@ def _rotation(config: Any, *kinds: str) -> Metadata:
     return keys
 
 
+def _rotation_settings(keys: Mapping[str, Any]) -> Settings:
+    kind = keys.get("rope.scaling.type", "none")
+    rope: Settings = {"rope_type": "default" if kind == "none" else kind, "rope_theta": _short(keys.get("rope.freq_base", 10000.0))}
+    if kind in ("linear", "yarn"):
+        rope["factor"] = _short(keys["rope.scaling.factor"])
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = keys["rope.scaling.original_context_length"]
+    return rope
+
+
 def _require(config: Any, **wanted: Any) -> None:
     for key, value in wanted.items():
         if getattr(config, key, value) != value:
@@ -163,6 +220,28 @@ def _llama3_factors(config: Any) -> dict[str, np.ndarray]:
     return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
 
 
+def _llama_settings(file: File) -> Settings:
+    settings = _common_settings(file) | {"attention_bias": "blk.0.attn_q.bias" in file.names, "mlp_bias": "blk.0.ffn_up.bias" in file.names}
+    if "rope_freqs.weight" in file.names:
+        settings["rope_parameters"] |= _llama3_settings(file)
+    return settings
+
+
+def _llama3_settings(file: File) -> Settings:
+    """The file holds the scaling's outcome alone; its four numbers are those of all Llama 3.1 and 3.2 models if they give it."""
+    from transformers import LlamaConfig
+
+    found, length = file.read("rope_freqs.weight").reshape(-1), int(file.keys["attention.key_length"])
+    theta, factor = _short(file.keys["rope.freq_base"]), _short(found.max())
+    for original in (8192, 4096, 2048, 1024, 512, 256, 128, 64, 32):
+        rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original}  # fmt: skip
+        made = _llama3_factors(LlamaConfig(rope_parameters=rope, head_dim=length))["rope_freqs.weight"]
+        if made.shape == found.shape and np.allclose(made, found, rtol=1e-5):
+            return rope
+    raise ModelError("its rope_freqs.weight is no scaling of Llama 3's", "use the model's safetensors as base")
+
+
 def _qwen_metadata(config: Any) -> Metadata:
     _require(config, hidden_act="silu")
     return _common(config) | _rotation(config, "linear", "yarn")
@@ -172,6 +251,10 @@ def _smollm3_metadata(config: Any) -> Metadata:
     layers = range(1, config.num_hidden_layers + 1)
     _require(config, hidden_act="silu", use_sliding_window=False, no_rope_layers=[int(i % 4 != 0) for i in layers])
     return _common(config) | _rotation(config, "linear", "yarn")
+
+
+def _qwen_settings(file: File) -> Settings:
+    return _common_settings(file) | {"use_sliding_window": False}
 
 
 def _phi3_metadata(config: Any) -> Metadata:
@@ -191,6 +274,20 @@ def _phi3_factors(config: Any) -> dict[str, np.ndarray]:
     if rope.get("rope_type") != "longrope":
         return {}
     return {f"rope_factors_{kind}.weight": np.array(rope[f"{kind}_factor"], dtype=np.float32) for kind in ("long", "short")}
+
+
+def _phi3_settings(file: File) -> Settings:
+    keys, settings = file.keys, _common_settings(file)
+    settings |= {"sliding_window": keys.get("attention.sliding_window") or None}
+    settings["original_max_position_embeddings"] = keys.get("rope.scaling.original_context_length", keys["context_length"])
+    rope = settings["rope_parameters"]
+    if "rope_factors_long.weight" in file.names:
+        factors = {
+            f"{kind}_factor": [_short(x) for x in file.read(f"rope_factors_{kind}.weight").reshape(-1)] for kind in ("long", "short")
+        }
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": settings["original_max_position_embeddings"], **factors}
+    rope["partial_rotary_factor"] = keys.get("rope.dimension_count", settings["head_dim"]) / settings["head_dim"]
+    return settings
 
 
 def _gemma3_metadata(config: Any) -> Metadata:
@@ -215,6 +312,25 @@ def _gemma3_metadata(config: Any) -> Metadata:
     if config.final_logit_softcapping:
         keys["final_logit_softcapping"] = float(config.final_logit_softcapping)
     return keys
+
+
+def _gemma3_settings(file: File) -> Settings:
+    keys, settings = file.keys, _common_settings(file)
+    layers, heads = int(keys["block_count"]), settings["num_attention_heads"]
+    pattern = keys.get("attention.sliding_window_pattern", 6)  # a bool for every layer, or in older files every how many layers are not
+    slides = [bool(x) for x in pattern] if not isinstance(pattern, int) else [(i + 1) % pattern != 0 for i in range(layers)]
+    far = settings["rope_parameters"]
+    return settings | {
+        "rope_parameters": {
+            "full_attention": far,
+            "sliding_attention": {"rope_type": "default", "rope_theta": _short(keys.get("rope.freq_base_swa", 10000.0))},
+        },
+        "sliding_window": keys["attention.sliding_window"],
+        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
+        "query_pre_attn_scalar": keys["embedding_length"] // heads if layers == 62 else settings["head_dim"],
+        "final_logit_softcapping": keys.get("final_logit_softcapping"),
+        "attn_logit_softcapping": None,
+    }
 
 
 # ---- tensors ----
@@ -272,14 +388,14 @@ _GEMMA3 = _PLAIN | {
     "post_ffw_norm.weight": Source("post_feedforward_layernorm.weight", plus_one),
 }
 
-_LLAMA_LIKE = Architecture("llama", _LLAMA | _LLAMA_BIASES, _llama_metadata, _llama3_factors)
+_LLAMA_LIKE = Architecture("llama", _LLAMA | _LLAMA_BIASES, _llama_metadata, _llama_settings, _llama3_factors)
 
 ARCHITECTURES = {
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
-    "qwen2": Architecture("qwen2", _QWEN2, _qwen_metadata),
-    "qwen3": Architecture("qwen3", _QWEN3, _qwen_metadata),
-    "smollm3": Architecture("smollm3", _LLAMA, _smollm3_metadata),
-    "phi3": Architecture("phi3", _PHI3, _phi3_metadata, _phi3_factors),
-    "gemma3_text": Architecture("gemma3", _GEMMA3, _gemma3_metadata, final_norm=plus_one),
+    "qwen2": Architecture("qwen2", _QWEN2, _qwen_metadata, _qwen_settings),
+    "qwen3": Architecture("qwen3", _QWEN3, _qwen_metadata, _qwen_settings),
+    "smollm3": Architecture("smollm3", _LLAMA, _smollm3_metadata, _qwen_settings),
+    "phi3": Architecture("phi3", _PHI3, _phi3_metadata, _phi3_settings, _phi3_factors),
+    "gemma3_text": Architecture("gemma3", _GEMMA3, _gemma3_metadata, _gemma3_settings, final_norm=plus_one),
 }

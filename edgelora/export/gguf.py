@@ -304,7 +304,7 @@ def _changed(tensor: _Tensor, source: architectures.Source, layout: _Layout) -> 
     assert source.change is not None
     stored = layout.checkpoint.rows(source.name).reshape(layout.checkpoint.shapes[source.name])
     try:
-        weight = source.change(torch.from_numpy(stored), layout.config)
+        weight = source.change.do(torch.from_numpy(stored), layout.config)
     except RuntimeError as error:
         raise ModelError(f"{source.name} of shape {tensor.shape} does not fit config.json: {error}", "copy the model again") from error
     return np.asarray(weight.reshape(-1, tensor.shape[-1]).float().numpy())

@@ -106,7 +106,7 @@ def _pairs(model: Path, weights: Merged) -> Pairs:
         if lengths is not None:
             raise ModelError("a GGUF adapter holds A and B, but not what DoRA trains beside them", "merge it: export it with --format gguf")
         if source.change is not None:
-            b = source.change(torch.from_numpy(b), config).contiguous().numpy()
+            b = source.change.do(torch.from_numpy(b), config).contiguous().numpy()
         pairs[name] = (b, a)
     if found or not pairs:
         left = min(found, default="nothing")

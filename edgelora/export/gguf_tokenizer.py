@@ -29,7 +29,7 @@ _GPT4O = (
 _GPT2_WORDS, _BYTES = ("ByteLevel", True), ("ByteLevel", False)
 
 # (steps, whether a whole word of the vocabulary skips the merges) -> llama.cpp's name.
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     ((_GPT2_WORDS,), False): "gpt-2",
     ((("Digits", True), _GPT2_WORDS), False): "smollm",
     ((("Split", _LLAMA3), _BYTES), True): "llama-bpe",
@@ -110,9 +110,9 @@ def _pre_tokenizer(backend: dict[str, Any]) -> str:
     steps = backend["pre_tokenizer"]
     listed = steps["pretokenizers"] if steps and steps["type"] == "Sequence" else [steps]
     found = (tuple(_step(step) for step in listed), bool(backend["model"].get("ignore_merges")))
-    if found not in _PRE_TOKENIZERS:
+    if found not in PRE_TOKENIZERS:
         raise _unknown("pre-tokenizer", steps)
-    return _PRE_TOKENIZERS[found]
+    return PRE_TOKENIZERS[found]
 
 
 def _step(step: dict[str, Any] | None) -> tuple[Any, ...]:
@@ -231,6 +231,6 @@ def _unknown(what: str, found: Any) -> ModelError:
     return ModelError(
         f"GGUF export does not know this {what}: {json.dumps(found, ensure_ascii=False)[:400]}",
         "llama.cpp must split text the same way; known pre-tokenizers: "
-        + ", ".join(sorted(set(_PRE_TOKENIZERS.values())))
+        + ", ".join(sorted(set(PRE_TOKENIZERS.values())))
         + ", SentencePiece BPE",
     )

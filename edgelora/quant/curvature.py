@@ -216,7 +216,7 @@ def collect(model: Any, rows: Sequence[Encoded], progress: Progress) -> Curvatur
     for name, made in outputs.items():
         change = sources[name].change
         rows_first = made.T.contiguous()
-        ordered = (rows_first if change is None else change(rows_first, model.config)).T
+        ordered = (rows_first if change is None else change.do(rows_first, model.config)).T
         # the embedding's sum of g g^T is that of a lookup, which `lookups` counts
         each = float(lookups.sum()) / _scale(embedding) ** 2 if name == EMBEDDING else answers
         sketches[name] = (ordered * (_SKETCH * each) ** -0.5).cpu().numpy()
