@@ -13,8 +13,10 @@ import pytest
 
 from edgelora import models, preflight
 from edgelora.errors import EdgeloraError
+from edgelora.export import gguf, samples
 from edgelora.export.verify import PROBES
 from edgelora.suggest import EMBEDDED
+from tests.test_gguf_export import kl, llama_scores, torch_scores
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,17 @@ def test_token_ids_equal_llama_cpps_on_the_corpora(base: models.Base, corpora: P
     assert len(files) >= 7
     texts = [file.read_text(encoding="utf-8") for file in files]
     preflight.token_parity(models.open_tokenizer(base.folder), base.gguf, texts)
+
+
+@pytest.mark.slow
+def test_scores_in_f16_are_those_of_torch_in_fp32(base: models.Base, tmp_path: Path) -> None:
+    """Of every token of ordinary text, where the model knows what it says: a language, code, a conversation."""
+    tokenizer = models.open_tokenizer(base.folder)
+    ids = tokenizer("\n\n".join([Path(__file__).read_text(encoding="utf-8")[:1500], *PROBES]))["input_ids"]
+    conversations = [row.ids for row in samples.rows(base.folder, None)[0][:4]]
+    file = gguf.write(base.folder, "f16", tmp_path, "base", lambda share, name: None)
+    for sequence in (ids, *conversations):
+        assert kl(torch_scores(base.folder, sequence), llama_scores(file, sequence)) < 1e-4
 
 
 def test_the_tokenizer_that_transformers_rebuilds_would_not_do(base: models.Base) -> None:
