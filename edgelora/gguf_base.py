@@ -51,6 +51,8 @@ def write(path: Path, folder: Path) -> dict[str, Any]:
 
 def _model(header: Header) -> tuple[Any, dict[str, tuple[Tensor, architectures.Source]]]:
     """The configuration as transformers knows it, and checkpoint name -> (tensor of the file, what was done to it)."""
+    if header.metadata.get("split.count", 1) not in (0, 1):
+        raise ModelError(f"{header.path.name} is one part of several", "join them first: llama-gguf-split --merge")
     model_type, architecture = architectures.of_gguf(str(header.metadata.get("general.architecture")))
     prefix = f"{architecture.name}."
     keys = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,23 @@ def test_what_cannot_be_carried_over_is_refused(what: str, tmp_path: Path) -> No
     with pytest.raises(ModelError, match=message):
         models.open_base(str(file), Path(), tmp_path / "out")
     assert not list((tmp_path / "out").glob("base-*"))
+
+
+def test_damaged_headers_end_in_a_clear_error(tmp_path: Path) -> None:
+    file, chance = written(tmp_path, "gemma3_text", "q8_0"), random.Random(3)
+    good, told = file.read_bytes(), []
+    for number in range(40):
+        damaged = bytearray(good)
+        for _ in range(chance.choice((1, 1, 3))):
+            at = chance.randrange(24, 30_000)  # the keys and the tokenizer
+            damaged[at] = chance.choice((0, 255, damaged[at] ^ 1, damaged[at] ^ 128))
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        try:
+            models.open_base(str(tmp_path / "damaged.gguf"), Path(), tmp_path / str(number))
+        except ModelError as error:
+            told.append((error.message, error.hint))
+    assert len(told) > 10
+    assert all("damaged" in message and hint for message, hint in told)
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:

@@ -49,7 +49,9 @@ def torch_scores(model: Path, ids: Sequence[int]) -> torch.Tensor:
 def llama_scores(file: Path, ids: Sequence[int]) -> torch.Tensor:
     """The same by llama.cpp, with a 32-bit key-value cache."""
     f32 = llama_cpp.GGML_TYPE_F32
-    llm = llama_cpp.Llama(str(file), n_ctx=max(128, len(ids)), logits_all=True, type_k=f32, type_v=f32, n_threads=1, n_threads_batch=1, verbose=False)
+    llm = llama_cpp.Llama(
+        str(file), n_ctx=max(128, len(ids)), logits_all=True, type_k=f32, type_v=f32, n_threads=1, n_threads_batch=1, verbose=False
+    )
     try:
         llm.eval(list(ids))
         return torch.log_softmax(torch.tensor(np.array(llm.scores[: len(ids)])).double(), -1)
