@@ -23,7 +23,7 @@ from edgelora.data import chat, split
 from edgelora.data.split import Dataset
 from edgelora.export import beside, remarks
 from edgelora.export import stage as exports
-from edgelora.quant import importance
+from edgelora.quant import importance, moments
 from edgelora.size import traffic
 
 Progress = Callable[[str, float, str], None]  # stage, share done, what is going on
@@ -124,13 +124,10 @@ def _planned(
     """The untuned base and the tuned model within a budget: planned for the tuned one, the same types for the base beside it."""
     from edgelora.export import budget
 
-    training = importance.spread(
-        chat.encode_all(models.open_tokenizer(base.folder), dataset.train, recipe.train.max_tokens), recipe.importance.plan_rows
-    )
     known = budget.measure(
         model,
         budget.merged_into(model, recipe.merge.base),
-        [ids for _, ids in training],
+        planning_rows(recipe, base.folder, dataset),
         recipe.name,
         out,
         "",
@@ -163,9 +160,20 @@ def _planned(
 def _importance(
     recipe: recipes.Recipe, model: tuned.Tuned, section: recipes.Export, dataset: Dataset, out: Path, prefix: str, progress: Progress
 ) -> Path | None:
-    """The importance matrix of `model` on training rows, measured once for all exports; None for an export that gains nothing from one."""
+    """What the format's rounding wants measured on training rows, once for all exports; None for an export that gains nothing from it."""
     if not exports.weighed(model.base, section):
         return None
+    if exports.format_module(section.format).CALIBRATION == "moments":
+        return (
+            moments.measure(
+                model,
+                planning_rows(recipe, model.base, dataset),
+                out,
+                lambda share, text: progress("importance", share, text),
+                prefix=prefix,
+            ).path
+            / moments.FILE
+        )
     made = importance.measure(
         model.base,
         model.key,
@@ -206,6 +214,12 @@ def selecting_rows(recipe: recipes.Recipe, model: Path, dataset: Dataset) -> lis
     tokenizer = models.open_tokenizer(model)
     fitting = chat.encode_all(tokenizer, dataset.selecting, recipe.train.max_tokens)
     return [ids for _, ids in fitting[: max(recipe.evaluate.rows, recipe.evaluate.verify_rows)]]
+
+
+def planning_rows(recipe: recipes.Recipe, model: Path, dataset: Dataset) -> list[chat.Encoded]:
+    """The training rows on which second moments are measured, for plans and for rounding."""
+    fitting = chat.encode_all(models.open_tokenizer(model), dataset.train, recipe.train.max_tokens)
+    return [ids for _, ids in importance.spread(fitting, recipe.importance.plan_rows)]
 
 
 def bench(recipe: recipes.Recipe, made: Sequence[Artifact], out: Path, progress: Callable[[float, str], None]) -> Artifact:

@@ -32,6 +32,7 @@ def plan(recipe: recipes.Recipe) -> dict[str, Any]:
                 "type": section.type or budget_words(section),
                 "size_bytes": size,
                 **({"weights": mixture} if mixture else {}),
+                **exports.estimate(base.folder, section),
             }
         )
     return {
@@ -63,7 +64,12 @@ def file_lines(row: dict[str, Any]) -> list[str]:
     mixture = row.get("weights")
     return [
         f"file: {row['format']} {row['type']}, {row['size_bytes'] / 1e6:.1f} MB (predicted)"
-        + (f", {mixture['bits_a_weight']:.2f} bits a weight" if mixture else ""),
+        + (f", {mixture['bits_a_weight']:.2f} bits a weight" if mixture else "")
+        + (
+            f"; to write it, about {row['seconds']:.0f} s on one core and {row['peak_bytes'] / 1e9:.1f} GB of memory"
+            if "seconds" in row
+            else ""
+        ),
         *(f"  {remark}" for remark in remarks.fallbacks(mixture or {"fallbacks": []})),
     ]
 

@@ -72,8 +72,14 @@ def _needs(section: recipes.Export) -> tuple[str, ...]:
 
 
 def _exportable(section: recipes.Export, base: models.Base, name: str) -> None:
-    """Unsupported or ModelError when the base's architecture or its shapes cannot be written in this format and type."""
+    """Unsupported or ModelError when the base's architecture or its shapes cannot be written in this format and type, or not on this machine."""
     exports.predict(base.folder, section, name)
+    needed, free = exports.estimate(base.folder, section).get("peak_bytes", 0), machine.available_memory_bytes()
+    if needed > free:
+        raise EdgeloraError(
+            f"writing {section.format} needs about {figures.size(needed)} of memory (an estimate), {figures.size(free)} are free",
+            "close other programs, or export to gguf, which reads a tensor at a time",
+        )
 
 
 def _memory(recipe: recipes.Recipe, base: models.Base, lengths: list[int]) -> None:

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgelora import artifact
-from edgelora.errors import DiskFull, EdgeloraError, ModelError, Unsupported
+from edgelora import recipe as recipes
+from edgelora.errors import DiskFull, EdgeloraError, ModelError, Unsupported, UsageError
 from edgelora.export import onnx as onnx_export
-from edgelora.export import onnx_builder, onnx_graph
+from edgelora.export import onnx_builder, onnx_graph, stage
 from edgelora.runtime import onnx_folder, onnx_runtime
-from tests.tiny_models import TEXTS, tiny_model
+from tests.tiny_models import ARCHITECTURES, TEXTS, tiny_model
 
 # (architecture, tied embeddings, type) -> the largest KL divergence from torch in float32, in nats a token: every preset,
 # every architecture, both kinds of embedding. The quantized bounds are about twice what was measured. Rows of 96 values
@@ -166,6 +167,32 @@ class TestEveryPreset:
         assert not any(node.doc_string for node in graph.graph.node)
 
 
+@pytest.mark.parametrize("arch", sorted(set(ARCHITECTURES) - {case[0] for case in MAX_KL}))
+def test_every_other_architecture_of_the_gguf_converter_is_exact(arch: str, tmp_path: Path) -> None:
+    """Layers without rotation, joined matrices, windows, norms that count from one: what the builder is helped over."""
+    model = calmed(tiny_model(arch, tmp_path / arch))
+    with onnx_runtime.open(onnx_export.write(model, "fp32", tmp_path, arch, quiet), threads=1) as session:
+        scores = session.score(IDS)
+    assert kl(torch_scores(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), IDS), scores) < 1e-6
+
+
+def test_blocks_and_activations_by_name(exports: Exports, tmp_path: Path) -> None:
+    model = exports.model("llama", True)
+    folder = onnx_export.write(model, "int4", tmp_path, "fine", quiet, block=16, activations="fp32")
+    nodes = [n for n in onnx.load(folder / "model.onnx", load_external_data=False).graph.node if n.op_type == "MatMulNBits"]
+    assert {(a.name, a.i) for n in nodes for a in n.attribute if a.name in ("block_size", "accuracy_level")} == {
+        ("block_size", 16),
+        ("accuracy_level", 1),
+    }
+    actual = sum(path.stat().st_size for path in folder.iterdir())
+    assert onnx_export.predict_bytes(model, "int4", block=16) == pytest.approx(actual, rel=0.1)
+    reference, losses = torch_scores(exports.torch_model(("llama", True, "fp32")), IDS), []
+    for one in (folder, exports.export(("llama", True, "int4"))):
+        with onnx_runtime.open(one, threads=1) as session:
+            losses.append(kl(reference, session.score(IDS)))
+    assert losses[0] < losses[1]
+
+
 def test_types_differ_in_the_way_they_should(exports: Exports) -> None:
     folders = {type: exports.export(("llama", True, type)) for type in onnx_export.TYPES}
     reference = torch_scores(exports.torch_model(("llama", True, "fp32")), IDS)
@@ -262,6 +289,41 @@ class TestRefusals:
         with pytest.raises(Unsupported, match="int4-mixed cannot pack a matrix 80 wide"):
             onnx_export._block("int4-mixed", shapes)
         assert [onnx_export._block(type, shapes) for type in ("int4", "int8", "fp32")] == [32, 32, 32]
+
+    def test_blocks_that_would_break_are_refused_with_the_alternative(self) -> None:
+        shapes = {"model.embed_tokens.weight": [300, 96]}
+        assert [onnx_export._block("int4", shapes, block) for block in (16, 32)] == [16, 32]
+        with pytest.raises(Unsupported, match="int4: rows of 96 weights do not hold blocks of 64") as caught:
+            onnx_export._block("int4", shapes, 64)
+        assert caught.value.hint == "choose 16 or 32"
+        with pytest.raises(Unsupported, match="int4-mixed: rows of 96 weights do not hold an even number of blocks of 32") as caught:
+            onnx_export._block("int4-mixed", shapes, 32)
+        assert caught.value.hint == "choose 16"
+        with pytest.raises(UsageError, match="int4 has no blocks of 48"):
+            onnx_export._block("int4", shapes, 48)
+        with pytest.raises(UsageError, match="fp32 has no blocks of 32"):
+            onnx_export._block("fp32", shapes, 32)
+
+    def test_settings_of_another_format(self) -> None:
+        with pytest.raises(UsageError, match="gguf has no block") as caught:
+            stage.resolve(recipes.Export("gguf", "q4_0", block=32))
+        assert caught.value.hint == "leave it out, or export to onnx"
+
+    @pytest.mark.parametrize(
+        ("kind", "rope"),
+        [
+            ("llama", {"rope_type": "linear", "factor": 4.0}),
+            ("qwen2", {"rope_type": "yarn", "factor": 4.0}),
+            ("gemma3_text", {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {"rope_type": "default"}}),
+        ],
+    )
+    def test_rotations_that_the_builder_drops(self, exports: Exports, kind: str, rope: dict[str, Any], tmp_path: Path) -> None:
+        model = Path(shutil.copytree(exports.model("llama", True), tmp_path / "odd"))
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"model_type": kind, "rope_parameters": rope}))
+        for action in (lambda: onnx_export.predict_bytes(model, "int4"), lambda: onnx_export.write(model, "int4", tmp_path, "x", quiet)):
+            with pytest.raises(Unsupported, match=f"does not carry over the rotary scaling .* of this {kind} model"):
+                action()
 
     def test_model_folder_without_weights(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -185,12 +185,16 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
     metavar="PATTERN=TYPE",
     help="Another type for some tensors, e.g. ffn_down=q6_k. Repeatable.",
 )
+@click.option("--block", type=int, help="Weights that share a scale: 16, 32, 64 or 128 (ONNX); default 32 where the shapes allow it.")
+@click.option(
+    "--activations", type=click.Choice(["int8", "fp32"]), help="What a matrix's inputs are rounded to (ONNX); default int8, the fastest."
+)
 @click.option("--max-size", metavar="SIZE", help="Instead of a type: the best type for every tensor within that size, e.g. 90MB (GGUF).")
 @click.option(
     "--max-kl", type=float, help="Instead of a type: the smallest file predicted to stay that close to the model, nats a token (GGUF)."
 )
 @click.option("--plan", "plan_", type=PATH, help="Types of an earlier --max-size export: its plan.json. Nothing is compared again.")
-@click.option("--imatrix", type=PATH, help="Importance matrix (GGUF); default the one that `edgelora run` measured on this model, if any.")
+@click.option("--imatrix", type=PATH, help="Importance matrix (GGUF); default what `edgelora run` measured on this model, if anything.")
 @click.option("--rows", type=PATH, help="Rows (question, answer) on which the file is compared with the model; default texts of our own.")
 @click.option("--name", help="Name of the file; default that of the model's folder.")
 @click.option("--out", type=PATH, help="Folder of the result; default beside the adapter or the model.")
@@ -205,6 +209,8 @@ def export(
     format_: str,
     type_: str | None,
     tensor_types: tuple[str, ...],
+    block: int | None,
+    activations: Literal["int8", "fp32"] | None,
     max_size: str | None,
     max_kl: float | None,
     plan_: Path | None,
@@ -228,18 +234,20 @@ def export(
     from edgelora import recipe as recipes
     from edgelora.export import beside, samples
     from edgelora.export import stage as exports
-    from edgelora.quant import importance, size_plan
+    from edgelora.quant import moments, size_plan
     from edgelora.runtime import runtime
     from edgelora.train import pissa
 
     if plan_ and not (max_size or max_kl):
         max_size = f"{size_plan.read_plan(plan_)[0].size_bytes}B"
-    section = exports.resolve(recipes.Export(format_, type_, bool(imatrix) or None, tensor_types, max_size, max_kl))
+    section = exports.resolve(recipes.Export(format_, type_, bool(imatrix) or None, tensor_types, block, activations, max_size, max_kl))
+    module = exports.format_module(format_)
+    if imatrix and module.CALIBRATION != "importance":
+        raise UsageError(f"{format_} has no place for an importance matrix", "give it rows to measure more on: --rows FILE")
     if imatrix and section.planned:
         raise UsageError(
             "--imatrix and a budget exclude one another: a plan measures more than an importance matrix holds", "leave one out"
         )
-    module = exports.format_module(format_)
     if into and not adapter:
         raise UsageError("--base says where an adapter goes", "name the adapter too: --adapter DIR")
     if into == "auto" and not rows:
@@ -255,8 +263,8 @@ def export(
         measured_before = any(target.glob("importance-*"))
         predicted, mixture = exports.predict(folder, section, name or folder.absolute().name, measured=bool(imatrix) or measured_before)
         words = section.type or plan.budget_words(section)
-        row = {"format": format_, "type": words, "size_bytes": predicted, "weights": mixture}
-        echo.result({"type": words, "predicted_bytes": predicted, "weights": mixture}, *plan.file_lines(row))
+        row = {"format": format_, "type": words, "size_bytes": predicted, "weights": mixture, **exports.estimate(folder, section)}
+        echo.result({**row, "predicted_bytes": row.pop("size_bytes")}, *plan.file_lines(row | {"size_bytes": predicted}))
         return
     calm_libraries()
     doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
@@ -302,7 +310,11 @@ def export(
                 notes.append("note: planned on a few texts of our own; with --rows FILE it is planned on yours")
             echo.result({"path": str(path), **facts}, *notes, f"plan: {done.path / budget.PLAN}", f"file: {path}")
             return
-        measured = None if not exports.weighed(source.base, section) or imatrix else artifact.measured_on(target, "importance", source.key)
+        weighed = exports.weighed(source.base, section) and not imatrix
+        measured = artifact.measured_on(target, module.CALIBRATION, source.key) if weighed else None
+        if weighed and measured is None and rows and module.CALIBRATION == "moments":
+            measured = moments.measure(source, encoded[::2], target, lambda share, text: progress("importance", share, text))
+            encoded = encoded[1::2]
         done = exports.export(
             source,
             section,
@@ -313,7 +325,7 @@ def export(
             limits=recipes.Evaluate(),
             threads=threads or machine.cores(),
             out=target,
-            importance=imatrix or (measured.path / importance.FILE if measured else None),
+            importance=imatrix or (measured.path / str(measured.facts["file"]) if measured else None),
             origin=origin,
             progress=lambda share, text: progress("export", share, text),
         )

@@ -7,6 +7,9 @@
     MERGES: bool                            # whether predict_bytes and write take `weights`: an adapter is added on the way
     APART: bool                             # whether the adapter stays a file of its own, beside a base that others share
     OPTIONS: frozenset[str]                 # further keys of recipe.Export that predict_bytes and write take
+    CALIBRATION: str                        # with "importance" among OPTIONS: the stage that measures it, "importance" or "moments",
+    def calibration(path: Path) -> Any      # and what write takes as `importance`, from the file that stage wrote
+    def gains_from_importance(model: Path, type: str) -> bool
     def predict_bytes(model: Path, type: str, name: str) -> int
     def write(model: Path, type: str, folder: Path, name: str, progress) -> Path
 

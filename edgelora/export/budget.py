@@ -57,7 +57,7 @@ def measure(model: Tuned, base: str, calibration: Sequence[Encoded], name: str, 
         scratch.mkdir()
         described = model.folder or model.describe(scratch)
         weights = model.merged(base)
-        found = curvature.collect(_torch_model(described, weights), calibration, lambda share, text: progress(0.3 * share, text))
+        found = curvature.collect(curvature.open_model(described, weights), calibration, lambda share, text: progress(0.3 * share, text))
         curvature.save(found, folder / _MOMENTS)
         moments = curvature.Moments(folder / _MOMENTS)
         fixed, matrices = gguf.matrices(described, name, weights)
@@ -274,22 +274,6 @@ def _types(
 
 def _file_name(name: str) -> str:
     return f"{name}.gguf"
-
-
-def _torch_model(described: Path, weights: Checkpoint) -> Any:
-    """The model with these weights in float32 on this machine's device."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from edgelora.train import load
-
-    model = AutoModelForCausalLM.from_config(gguf.model_config(described), dtype=torch.float32, attn_implementation="sdpa")
-    tensors = {key: torch.from_numpy(weights.rows(key)).reshape(shape) for key, shape in weights.shapes.items()}
-    missing, _ = model.load_state_dict(tensors, strict=False)
-    if left := set(missing) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set()):
-        raise ModelError(f"the model lacks the tensor {min(left)}", "copy or merge the model again")
-    model.tie_weights()
-    return model.to(load.device()).eval()
 
 
 def _part(progress: Progress, done: float, part: float) -> Progress:

@@ -26,6 +26,7 @@ from edgelora.errors import ModelError
 from edgelora.export import architectures, gguf_file, gguf_tokenizer
 from edgelora.export.gguf_file import padded
 from edgelora.quant import ggml, gguf_types
+from edgelora.quant import importance as importances
 from edgelora.quant.compensate import Rounding
 from edgelora.quant.importance import Importance
 from edgelora.weights import Checkpoint, ranges
@@ -37,6 +38,7 @@ REQUIRES = ("gguf", "llama_cpp")
 MERGES = True
 APART = False
 OPTIONS = frozenset({"importance", "tensor_types"})
+CALIBRATION = "importance"
 
 _RANGES_WAITING = 8  # of one tensor, quantized ahead of what is written
 
@@ -63,6 +65,11 @@ def predict_bytes(
 def gains_from_importance(model: Path, type: str, tensor_types: Sequence[str] = (), weights: Checkpoint | None = None) -> bool:
     """Whether any tensor of the file is quantized by a method that looks at an importance matrix."""
     return gguf_types.gains_from_importance(_Layout.of(model, type, "", None, tensor_types, weights).choices)
+
+
+def calibration(path: Path) -> Importance:
+    """What `write` takes as `importance`, from the file that was measured."""
+    return importances.read(path)
 
 
 def mixture(

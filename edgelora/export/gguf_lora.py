@@ -29,6 +29,8 @@ REQUIRES = gguf.REQUIRES
 MERGES = True
 APART = True
 OPTIONS = gguf.OPTIONS
+CALIBRATION = gguf.CALIBRATION
+calibration = gguf.calibration
 
 BASE_NAME = "general.base_model.0.name"
 _ADAPTER = "f16"

@@ -2,8 +2,9 @@
 
 What it writes runs in plain ONNX Runtime, in onnxruntime-genai and in their mobile builds.
 
-Options that the builder accepts and that break the file are out of reach: the presets below are all there is.
-Asymmetric default quantization of tied embeddings, for one, exits 0 and leaves a graph that names tensors it lacks.
+Options that the builder accepts and that break the file are out of reach: asymmetric default quantization of tied
+embeddings, for one, exits 0 and leaves a graph that names tensors it lacks. What it would compute wrongly without a
+word (`_check_rotation`) is refused before it runs.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgelora.errors import EdgeloraError, ModelError, Unsupported
-from edgelora.export import onnx_builder, onnx_graph
+from edgelora.errors import EdgeloraError, ModelError, Unsupported, UsageError
+from edgelora.export import architectures, onnx_builder, onnx_graph
+from edgelora.quant.curvature import Moments
 from edgelora.runtime import onnx_runtime
+from edgelora.weights import Checkpoint
 
 DEFAULT_TYPE = "int4-mixed"
 TYPES = {
@@ -30,8 +34,12 @@ TYPES = {
 RUNTIME = "onnxruntime"
 MERGES = False
 APART = False
-OPTIONS: frozenset[str] = frozenset()
+OPTIONS = frozenset({"importance", "block", "activations"})
+CALIBRATION = "moments"
 REQUIRES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "tokenizers", "torch", "transformers")
+
+BLOCKS = (16, 32, 64, 128)  # weights that share a scale, as MatMulNBits and GatherBlockQuantized both take them on a CPU
+ACTIVATIONS = {"int8": 4, "fp32": 1}  # MatMulNBits' accuracy_level: what a matrix's inputs are rounded to before it multiplies
 
 _BUILDER = {  # type -> the builder's --precision and --extra_options
     "int4": ("int4", ("algo_config=default",)),
@@ -39,34 +47,74 @@ _BUILDER = {  # type -> the builder's --precision and --extra_options
     "int8": ("int8", ("algo_config=default",)),
     "fp32": ("fp32", ()),
 }
+# Rotary scalings that the builder carries over. It ignores others without a word, or writes wrong frequencies.
+_ROTATIONS = {
+    "llama": ("default", "llama3"),
+    "mistral": ("default", "linear"),
+    "qwen2": ("default", "linear"),
+    "qwen3": ("default", "linear"),
+    "smollm3": ("default", "linear"),
+    "phi3": ("default", "longrope"),
+    "gemma3_text": ("default",),
+}
 _KEPT = re.compile(r"model\.onnx(\.data)?|genai_config\.json|(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges).*")
+# CPU seconds and bytes: a fixed part (imports), and a part for every weight.
+_SECONDS = (8.0, {"int4": 5e-8, "int4-mixed": 2e-7, "int8": 5e-8, "fp32": 3e-8})
+_ROUNDING_SECONDS = 3e-7
+_PEAK_BYTES = (6e8, {"int4": 10.0, "int4-mixed": 12.0, "int8": 10.0, "fp32": 10.0})
 # Where the model lay and how it was found: nobody else's business.
 _PRIVATE_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "local_files_only", "is_local")
 
 Progress = Callable[[float, str], None]
 
 
-def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -> Path:
+def write(
+    model: Path,
+    type: str,
+    folder: Path,
+    name: str,
+    progress: Progress,
+    importance: Moments | None = None,
+    block: int | None = None,
+    activations: str | None = None,
+) -> Path:
     """Write ``folder/<name>-<type>-onnx`` from the Hugging Face folder `model` and return it.
 
     It holds model.onnx and model.onnx.data, genai_config.json, the tokenizer with its chat template, and config.json and
-    generation_config.json, so that onnxruntime, onnxruntime-genai and AutoTokenizer all open it.
-    Raises ModelError when the builder refuses the model or what it wrote does not load; OSError on a full disk.
+    generation_config.json, so that onnxruntime, onnxruntime-genai and AutoTokenizer all open it. `importance`, the second
+    moments of every matrix's inputs on training rows, rounds weights by what matters; the graph stays the same.
+    `block` weights share a scale (one of BLOCKS), `activations` is one of ACTIVATIONS.
+    Raises Unsupported for a combination that is known to break or to compute something else, ModelError when the
+    builder refuses the model or what it wrote does not load; OSError on a full disk.
     """
-    if type not in TYPES:
-        raise EdgeloraError(f"onnx has no type {type!r}", f"choose one of {', '.join(TYPES)}")
     config, shapes = _config(model), _shapes(model)
+    options = _builder_options(type, config, shapes, block, activations)
     tied = _is_tied(config, shapes)
     target = folder / f"{name}-{type}-onnx"
     scratch = folder / ".onnx-builder"
     shutil.rmtree(scratch, ignore_errors=True)
+    measured = importance if gains_from_importance(model, type) else None
+    share = 1.0 if measured is None else 0.6  # of the time, that the builder takes
     try:
         built = scratch / "model"
         for place in (built, scratch / "home", scratch / "tmp"):
             place.mkdir(parents=True)
-        onnx_builder.run(model.resolve(), _builder_options(type, shapes), scratch.resolve(), _layers(config), progress)
-        progress(0.9, "tidying the graph")
-        onnx_graph.tidy(built, type, tied)
+        source = onnx_builder.readable(model.resolve(), scratch)
+        onnx_builder.run(source, options, scratch.resolve(), _layers(config), lambda done, text: progress(share * done, text))
+        progress(0.9 * share, "tidying the graph")
+        rounding = None
+        if measured is not None:
+            from edgelora.export import gguf, onnx_rounding
+
+            rounding = partial(
+                onnx_rounding.rounded,
+                weights=Checkpoint(model),
+                config=gguf.model_config(model),
+                moments=measured,
+                progress=lambda done, text: progress(share * 0.9 + (0.95 - share * 0.9) * done, text),
+            )
+        unrotated = [layer for layer, rotates in enumerate(config.get("no_rope_layers") or ()) if not rotates]
+        onnx_graph.tidy(built, type, tied, unrotated, rounding)
         _tidy_files(model, built)
         progress(0.95, "opening it in ONNX Runtime")
         with onnx_runtime.open(built, threads=1) as session:
@@ -79,16 +127,27 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
     return target
 
 
-def predict_bytes(model: Path, type: str, name: str = "") -> int:
+def gains_from_importance(model: Path, type: str) -> bool:
+    """Whether weights of this type are rounded coarsely enough that training rows should say how; and the model's tensors are known."""
+    return type.startswith("int4") and _config(model).get("model_type") in architectures.ARCHITECTURES
+
+
+def calibration(path: Path) -> Moments:
+    """What `write` takes as `importance`, from the file that was measured."""
+    return Moments(path)
+
+
+def predict_bytes(
+    model: Path, type: str, name: str = "", importance: object = None, block: int | None = None, activations: str | None = None
+) -> int:
     """Estimate the bytes of the folder that `write` would leave, from config.json and the safetensors headers alone.
 
     Weights are counted exactly as the presets store them; the graph is taken as some hundred bytes for every tensor.
-    `name` changes nothing here.
+    `name`, `importance` and `activations` change nothing here. Raises Unsupported as `write` does.
     """
-    if type not in TYPES:
-        raise EdgeloraError(f"onnx has no type {type!r}", f"choose one of {', '.join(TYPES)}")
     config, shapes = _config(model), _shapes(model)
-    layers, block = _layers(config), _block(type, shapes)
+    _builder_options(type, config, shapes, block, activations)
+    layers, block = _layers(config), _block(type, shapes, block)
     packed = not any("q_norm" in name for name in shapes)  # the builder joins q, k and v: they share their bits
     total = _rope_bytes(config)
     for name, shape in shapes.items():
@@ -98,12 +157,26 @@ def predict_bytes(model: Path, type: str, name: str = "") -> int:
             total += _matrix_bytes(shape, type, block, _in_eight_bits(name, layers, packed))
     table = shapes["model.embed_tokens.weight"]
     total += _matrix_bytes(table, type, block, eight=True)  # the head; tied, it serves as the table too
-    padded = table[1] % onnx_graph.BLOCK != 0
+    padded = table[1] % max(block, onnx_graph.BLOCK) != 0
     if not _is_tied(config, shapes) or (padded and type == "int8"):
         total += _matrix_bytes(table, "fp32" if padded or type == "fp32" else "int8", onnx_graph.BLOCK, eight=True)
     total += len(shapes) * {"fp32": 600, "int4-mixed": 950}.get(type, 800) + (0 if packed else 2500 * layers)
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
     return total + sum((model / n).stat().st_size for n in names if (model / n).is_file())
+
+
+def estimate(model: Path, type: str, importance: bool) -> dict[str, float]:
+    """What `write` will need, an estimate: `peak_bytes` of memory, the builder's process or ours, and `seconds` of CPU time.
+
+    The builder holds every matrix in float32 and the graph beside it. Measured on two cores of an AMD EPYC
+    (bench/onnx_int4.py); a slower processor takes longer.
+    """
+    shapes = _shapes(model)
+    values = sum(math.prod(shape) for shape in shapes.values())
+    if _is_tied(_config(model), shapes):
+        values += math.prod(shapes["model.embed_tokens.weight"])  # the builder writes the head out
+    seconds = _SECONDS[0] + values * (_SECONDS[1][type] + (_ROUNDING_SECONDS if importance else 0))
+    return {"peak_bytes": _PEAK_BYTES[0] + _PEAK_BYTES[1][type] * values, "seconds": seconds}
 
 
 def _matrix_bytes(shape: Sequence[int], type: str, block: int, eight: bool) -> int:
@@ -143,13 +216,17 @@ def _is_tied(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> 
     return bool(config.get("tie_word_embeddings", "lm_head.weight" not in shapes))
 
 
-def _block(type: str, shapes: Mapping[str, Sequence[int]]) -> int:
-    """Values that share a scale: 32, or 16 where k-quant meets rows of an odd number of 32s.
+def _block(type: str, shapes: Mapping[str, Sequence[int]], wished: int | None = None) -> int:
+    """Values that share a scale: as wished, else 32, or 16 where k-quant meets rows of an odd number of 32s.
 
     Its 4-bit zero points are packed two to a byte over the whole matrix, so an odd number of blocks a row fails with
-    "cannot reshape array" (onnxruntime, quantization/neural_compressor/weight_only.py).
+    "cannot reshape array" (onnxruntime, quantization/neural_compressor/weight_only.py). A block that is longer than what is left of
+    a row is filled up with zeros that are stored, and the embedding cannot be looked up in it.
     """
     widths = sorted({shape[1] for shape in shapes.values() if len(shape) == 2})
+    if wished is not None:
+        _check_block(type, widths, wished)
+        return wished
     for block in (onnx_graph.BLOCK, onnx_graph.BLOCK // 2):
         odd = [width for width in widths if -(-width // block) % 2]
         if type != "int4-mixed" or not odd:
@@ -157,9 +234,48 @@ def _block(type: str, shapes: Mapping[str, Sequence[int]]) -> int:
     raise Unsupported(f"int4-mixed cannot pack a matrix {odd[0]} wide", "export type int4, int8 or a GGUF instead")
 
 
-def _builder_options(type: str, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+def _check_block(type: str, widths: Sequence[int], wished: int) -> None:
+    if type == "fp32" or wished not in BLOCKS:
+        known = ", ".join(map(str, BLOCKS))
+        raise UsageError(f"{type} has no blocks of {wished}", "leave block out" if type == "fp32" else f"known: {known}")
+    pairs = 2 if type == "int4-mixed" else 1
+    fitting = [block for block in BLOCKS if not any(width % (pairs * block) for width in widths)]
+    if wished not in fitting:
+        width = next(width for width in widths if width % (pairs * wished))
+        why = "an even number of " if pairs == 2 and width % wished == 0 else ""
+        hint = f"choose {' or '.join(map(str, fitting))}" if fitting else "leave block out, or export a GGUF"
+        raise Unsupported(f"{type}: rows of {width} weights do not hold {why}blocks of {wished}", hint)
+
+
+def _check_rotation(config: Mapping[str, Any]) -> None:
+    """Unsupported for a rotary embedding that the builder does not carry over: the file would answer wrongly."""
+    kind = str(config.get("model_type"))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for values in [value for value in rope.values() if isinstance(value, dict)] or [rope]:
+        scaling = values.get("rope_type") or values.get("type") or "default"
+        if kind in _ROTATIONS and scaling not in _ROTATIONS[kind]:
+            raise Unsupported(
+                f"the ONNX builder does not carry over the rotary scaling {scaling!r} of this {kind} model",
+                "export it as GGUF, which does, or remove the scaling and keep to the context it was trained on",
+            )
+
+
+def _builder_options(
+    type: str, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], block: int | None, activations: str | None
+) -> list[str]:
+    """The builder's arguments; refuses what would break."""
+    if type not in TYPES:
+        raise EdgeloraError(f"onnx has no type {type!r}", f"choose one of {', '.join(TYPES)}")
+    if activations is not None and (type == "fp32" or activations not in ACTIVATIONS):
+        known = "leave activations out" if type == "fp32" else f"known: {', '.join(ACTIVATIONS)}"
+        raise UsageError(f"{type} has no activations in {activations}", known)
+    _check_rotation(config)
     precision, options = _BUILDER[type]
-    return ["--precision", precision, "--extra_options", "hf_token=false", *options, f"block_size={_block(type, shapes)}"]
+    options += (f"block_size={_block(type, shapes, block)}",)
+    if activations is not None:
+        options += (f"accuracy_level={ACTIVATIONS[activations]}",)
+    # One cache for all layers: a shorter one for layers with a sliding window is nothing that other runtimes know.
+    return ["--precision", precision, "--extra_options", "hf_token=false", "windowed_kv_cache=false", *options]
 
 
 def _config(model: Path) -> dict[str, Any]:

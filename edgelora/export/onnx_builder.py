@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import json
 import os
 import re
 import signal
@@ -49,6 +50,38 @@ def run(model: Path, options: Sequence[str], scratch: Path, layers: int, progres
             raise
     if code:
         raise _failure(tail, code, model)
+
+
+def readable(model: Path, scratch: Path) -> Path:
+    """`model`, or a folder of links to its files whose config.json says what the builder looks for elsewhere than transformers 5 puts it.
+
+    Gemma 3: the rotary settings of both kinds of layer at one place, and float32, since the builder adds one to the norms'
+    weights in the type that they are stored in. Phi-3 without LongRoPE: the two lengths of the context equal, or it is taken for one with.
+    SmolLM3: layers without rotation as if they had one, which `onnx_graph` takes out again; the builder stops at them.
+    """
+    values = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    rope = values.get("rope_parameters") or {}
+    if values.get("model_type") == "gemma3_text" and "full_attention" in rope:
+        near, far = rope["sliding_attention"], rope["full_attention"]
+        values["rope_parameters"] = rope | {
+            "rope_type": "default",
+            "rope_theta": far["rope_theta"],
+            "rope_local_base_freq": near["rope_theta"],
+        }
+        values["dtype"] = "float32"
+    elif values.get("model_type") == "phi3" and rope.get("rope_type", "default") == "default":
+        values["original_max_position_embeddings"] = values.get("max_position_embeddings")
+    elif values.get("model_type") == "smollm3":
+        values["no_rope_layers"] = [1] * int(values["num_hidden_layers"])
+    else:
+        return model
+    described = scratch / "described"
+    described.mkdir()
+    for path in model.iterdir():
+        if path.is_file() and path.name != "config.json":
+            (described / path.name).symlink_to(path)
+    (described / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return described
 
 
 def _failure(tail: collections.deque[str], code: int, model: Path) -> Exception:

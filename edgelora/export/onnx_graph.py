@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,13 +16,23 @@ from edgelora.runtime.onnx_folder import GRAPH
 
 BLOCK = 32  # weights that share a scale
 _DATA = f"{GRAPH}.data"
+_TABLE = "model.embed_tokens.weight_quantized"
+
+Read = Callable[[str], np.ndarray]  # name of a stored tensor -> its bytes, uint8
 
 
-def tidy(folder: Path, type: str, tied: bool) -> None:
+def tidy(
+    folder: Path,
+    type: str,
+    tied: bool,
+    unrotated: Sequence[int] = (),
+    rounding: Callable[[onnx.GraphProto, Read], dict[str, np.ndarray]] | None = None,
+) -> None:
     """Strip what tells where and when the graph was made, name the cache's head size, hold the embedding in few bits.
 
     The builder stamps the commit of whatever git checkout it runs in into producer_version. It leaves the cache's last
-    dimension symbolic, where transformers.js and our runtime want to read the head size.
+    dimension symbolic, where transformers.js and our runtime want to read the head size. In the layers
+    `unrotated` queries and keys stay as they are. `rounding` gives the tensors that are stored with other bytes than the builder's.
     """
     path = folder / GRAPH
     model = onnx.load(path, load_external_data=False)
@@ -34,9 +44,25 @@ def tidy(folder: Path, type: str, tied: bool) -> None:
     for part in (model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
-    table = _quantize_embedding(model.graph, folder, tied) if type != "fp32" else {}
-    _repack(model.graph, folder, table)
+    for layer in unrotated:
+        _unrotate(next(n for n in model.graph.node if n.name == f"/model/layers.{layer}/attn/GroupQueryAttention"))
+    arrays = _quantize_embedding(model.graph, folder, tied) if type != "fp32" else {}
+    if rounding is not None:
+        tensors = {t.name: t for t in model.graph.initializer}
+        arrays |= rounding(model.graph, lambda name: _external_array(tensors[name], folder).reshape(-1).view(np.uint8))
+        head = next(n for n in model.graph.node if n.name.startswith("/lm_head/"))
+        if tied and _TABLE in tensors and head.input[1] in arrays:
+            arrays[_TABLE] = arrays[head.input[1]]
+    _repack(model.graph, folder, arrays)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _unrotate(attention: onnx.NodeProto) -> None:
+    """GroupQueryAttention without its rotation: inputs 7 and 8 are the tables of cosines and sines (onnxruntime, ContribOperators.md)."""
+    for attribute in attention.attribute:
+        if attribute.name == "do_rotary":
+            attribute.i = 0
+    attention.input[7] = attention.input[8] = ""
 
 
 def _quantize_embedding(graph: onnx.GraphProto, folder: Path, tied: bool) -> dict[str, np.ndarray]:
@@ -50,20 +76,22 @@ def _quantize_embedding(graph: onnx.GraphProto, folder: Path, tied: bool) -> dic
     head = next((n for n in graph.node if n.name.startswith("/lm_head/") and n.op_type == "MatMulNBits"), None)
     tensors = {t.name: t for t in graph.initializer}
     settings = {a.name: a.i for a in head.attribute} if head else {}
-    if lookup is None or head is None or settings["K"] % BLOCK:  # padded rows: the builder's own lookup cuts the padding off
+    if (
+        lookup is None or head is None or settings["K"] % max(BLOCK, settings["block_size"])
+    ):  # padded rows: the builder's own lookup cuts the padding off
         return {}
     arrays: dict[str, np.ndarray] = {}
     if tied:
         alias = onnx.TensorProto()
         alias.CopyFrom(tensors[head.input[1]])
-        alias.name = "model.embed_tokens.weight_quantized"
+        alias.name = _TABLE
         alias.dims[:] = [settings["N"], settings["K"] * settings["bits"] // 8]
         names, bits, block = [alias.name, *head.input[2:]], settings["bits"], settings["block_size"]
         graph.initializer.append(alias)
     else:
         bits, block = 8, BLOCK
         table, scales = _round_rows(_external_array(tensors[lookup.input[0]], folder), block)
-        arrays = {"model.embed_tokens.weight_quantized": table, "model.embed_tokens.weight_scales": scales}
+        arrays = {_TABLE: table, "model.embed_tokens.weight_scales": scales}
         names = list(arrays)
         for name, array in arrays.items():
             graph.initializer.add(name=name, data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
@@ -117,13 +145,13 @@ def _repack(graph: onnx.GraphProto, folder: Path, arrays: Mapping[str, np.ndarra
     Tensors of a mebibyte and more start at a multiple of 64 KiB, so that every system can map them into memory.
     """
     source, target = folder / _DATA, folder / f"{_DATA}.new"
-    written: dict[tuple[str, str], int] = {}
+    written: dict[tuple[object, str], int] = {}
     with source.open("rb") as old, target.open("wb") as new:
         for tensor in graph.initializer:
             entry = {e.key: e.value for e in tensor.external_data}
             array = arrays.get(tensor.name)
             length = int(entry["length"]) if array is None else array.nbytes
-            span = (tensor.name, "") if array is not None else (entry["offset"], entry["length"])
+            span = (id(array), "") if array is not None else (entry["offset"], entry["length"])
             if span not in written:
                 new.seek(-new.tell() % (1 << 16 if length >= 1 << 20 else 64), os.SEEK_CUR)
                 written[span] = new.tell()

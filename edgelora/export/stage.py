@@ -16,12 +16,14 @@ from edgelora.data.chat import Encoded
 from edgelora.errors import UsageError
 from edgelora.export import FORMATS, beside, survival, verify
 from edgelora.export.reference import Reference
-from edgelora.quant import importance as importances
 from edgelora.runtime import runtime
 from edgelora.tuned import Tuned
 from edgelora.weights import Checkpoint
 
 Progress = Callable[[float, str], None]
+
+# Keys of recipe.Export that only some formats take -> one that does.
+_OPTIONS = {"importance": "gguf", "tensor_types": "gguf", "block": "onnx", "activations": "onnx"}
 
 
 def format_module(name: str) -> ModuleType:
@@ -47,9 +49,9 @@ def resolve(section: recipes.Export) -> recipes.Export:
             f"{section.format} has no type {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             f"its types: {', '.join(module.TYPES)}",
         )
-    unknown = [key for key in ("importance", "tensor_types") if getattr(section, key) and key not in module.OPTIONS]
+    unknown = [key for key in _OPTIONS if getattr(section, key) and key not in module.OPTIONS]
     if unknown:
-        raise UsageError(f"{section.format} has no {unknown[0]}", "leave it out, or export to gguf")
+        raise UsageError(f"{section.format} has no {unknown[0]}", f"leave it out, or export to {_OPTIONS[unknown[0]]}")
     return dataclasses.replace(section, type=kind)
 
 
@@ -62,7 +64,7 @@ def weighed(model: Path, section: recipes.Export) -> bool:
     module = format_module(section.format)
     if "importance" not in module.OPTIONS or section.importance is False or section.planned:
         return False
-    gains = bool(module.gains_from_importance(model, str(section.type), section.tensor_types))
+    gains = bool(module.gains_from_importance(model, str(section.type), **_mixing(module, section)))
     if section.importance and not gains:
         raise UsageError(f"importance: true changes nothing: {section.type} is rounded the same with and without", "leave it out")
     return gains
@@ -80,13 +82,26 @@ def predict(model: Path, section: recipes.Export, name: str, measured: bool = Tr
 
         return budget.predict(model, section, name)
     options = _options(module, section, {} if measured and weighed(model, section) else None)
-    mixture = module.mixture(model, str(section.type), **options) if module.OPTIONS else {}
+    mixture = module.mixture(model, str(section.type), **options) if "tensor_types" in module.OPTIONS else {}
     return module.predict_bytes(model, str(section.type), name, **options), mixture
 
 
-def _options(module: ModuleType, section: recipes.Export, means: importances.Importance | None) -> dict[str, Any]:
-    """What of a section `predict_bytes`, `mixture` and `write` of the format take beside the type."""
-    return {"importance": means, "tensor_types": section.tensor_types} if module.OPTIONS else {}
+def estimate(model: Path, section: recipes.Export) -> dict[str, float]:
+    """`peak_bytes` of memory and `seconds` of CPU time that writing the file will take, estimates; empty where a format takes little."""
+    section = resolve(section)
+    module = format_module(section.format)
+    if section.planned or not hasattr(module, "estimate"):
+        return {}
+    return dict(module.estimate(model, str(section.type), weighed(model, section)))
+
+
+def _options(module: ModuleType, section: recipes.Export, measured: Any) -> dict[str, Any]:
+    """What of a section `predict_bytes`, `mixture` and `write` of the format take beside the type; `measured` is its calibration."""
+    return {key: measured if key == "importance" else getattr(section, key) for key in _OPTIONS if key in module.OPTIONS}
+
+
+def _mixing(module: ModuleType, section: recipes.Export) -> dict[str, Any]:
+    return {"tensor_types": section.tensor_types} if "tensor_types" in module.OPTIONS else {}
 
 
 def export(
@@ -109,8 +124,8 @@ def export(
 
     An adapter that has not been merged yet is merged on the way. Where it can go into two bases and `merge_base` is
     "auto", both files are written and measured on all `rows`, in the runtime of their users; the better one is kept.
-    `rows_from` says which data set the rows are and what it served for, `importance` is the file of an importance
-    matrix, `origin` what the model card says about base and data. A file that fails its verification raises
+    `rows_from` says which data set the rows are and what it served for, `importance` is the file of what
+    was measured on training rows, `origin` what the model card says about base and data. A file that fails its verification raises
     VerifyError and is not left under its final name.
     """
     section = resolve(section)
@@ -120,7 +135,7 @@ def export(
     if not (model.folder or module.MERGES):
         raise UsageError(f"{section.format} is written from a merged model", "merge the adapter first: edgelora merge")
     checked = rows[: limits.verify_rows]
-    options = _options(module, section, importances.read(importance) if importance else None)
+    options = _options(module, section, module.calibration(importance) if importance else None)
 
     def make(folder: Path) -> dict[str, Any]:
         scratch = folder / ".scratch"
@@ -168,12 +183,12 @@ def export(
             merged=lambda: Reference(described, source(kept).get("weights") or Checkpoint(described), None, checked, threads),
         )
         predicted = module.predict_bytes(described, kind, name, **options, **source(kept))
-        if module.OPTIONS:
-            facts["weights"] = module.mixture(described, kind, **options, **source(kept))
+        if "importance" in module.OPTIONS:
             # None: nothing in this file would look at one
-            facts["importance"] = (
-                bool(importance) if module.gains_from_importance(described, kind, section.tensor_types, **source(kept)) else None
-            )
+            gains = module.gains_from_importance(described, kind, **_mixing(module, section), **source(kept))
+            facts["importance"] = bool(importance) if gains else None
+        if "tensor_types" in module.OPTIONS:
+            facts["weights"] = module.mixture(described, kind, **options, **source(kept))
             if model.adapter and kept and not module.APART:
                 facts["change"] = survival.survey(described, model.unmerged(kept), model.merged(kept), kind)
         shutil.rmtree(scratch)
@@ -206,6 +221,7 @@ def export(
             "format": section.format,
             "type": kind,
             "tensor_types": list(section.tensor_types),
+            **{key: value for key in ("block", "activations") if (value := getattr(section, key)) is not None},
             "name": name,
             "max_kl": limits.max_kl,
             "into": list(bases),

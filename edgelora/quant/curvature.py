@@ -25,6 +25,7 @@ import numpy as np
 from edgelora.data.chat import Encoded
 from edgelora.errors import ModelError
 from edgelora.export import architectures
+from edgelora.weights import Checkpoint
 
 Progress = Callable[[float, str], None]
 
@@ -134,6 +135,23 @@ class _Input:
             self.moments += (x * together[:, None]).T @ x
             self.total += float(together.sum())
             self._weights.clear()
+
+
+def open_model(described: Path, weights: Checkpoint) -> Any:
+    """The model with these weights in float32 on this machine's device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from edgelora.export import gguf
+    from edgelora.train import load
+
+    model = AutoModelForCausalLM.from_config(gguf.model_config(described), dtype=torch.float32, attn_implementation="sdpa")
+    tensors = {key: torch.from_numpy(weights.rows(key)).reshape(shape) for key, shape in weights.shapes.items()}
+    missing, _ = model.load_state_dict(tensors, strict=False)
+    if left := set(missing) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set()):
+        raise ModelError(f"the model lacks the tensor {min(left)}", "copy or merge the model again")
+    model.tie_weights()
+    return model.to(load.device()).eval()
 
 
 def collect(model: Any, rows: Sequence[Encoded], progress: Progress) -> Curvature:
