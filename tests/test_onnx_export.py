@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from edgelora.errors import DiskFull, EdgeloraError, ModelError, Unsupported, Us
 from edgelora.export import onnx as onnx_export
 from edgelora.export import onnx_builder, onnx_graph, stage
 from edgelora.runtime import onnx_folder, onnx_runtime
+from tests.line import edgelora
 from tests.tiny_models import ARCHITECTURES, TEXTS, tiny_model
 
 # (architecture, tied embeddings, type) -> the largest KL divergence from torch in float32, in nats a token: every preset,
@@ -405,6 +407,18 @@ def half(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[: (folder / name).stat().st_size // 2]) and None
 
 
+def cache_of(*dims: int) -> Callable[[Path], None]:
+    """The cache's inputs and outputs promise another shape: (heads, dimension)."""
+
+    def change(model: onnx.ModelProto) -> None:
+        for value in (*model.graph.input, *model.graph.output):
+            if len(value.type.tensor_type.shape.dim) == 4:
+                for at, dim in zip((1, 3), dims, strict=True):
+                    value.type.tensor_type.shape.dim[at].dim_value = dim
+
+    return lambda folder: edit(folder, change)
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no graph": (lambda f: (f / "model.onnx").unlink(), "holds no model.onnx"),
     "empty": (lambda f: (f / "model.onnx").write_bytes(b""), "truncated or not an ONNX file"),
@@ -425,6 +439,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "negative shape": (shape(-4), "has type 1 and shape"),
     "many dimensions": (shape(*[1] * 100), "more than 64 dimensions"),
     "huge shape inside": (inline_shape, "does not fit its 16 bytes"),
+    "huge cache": (cache_of(1 << 40, 16), "wants a cache of 1099511627776 heads of 16 values"),
+    "empty cache": (cache_of(0, 16), "wants a cache of 0 heads"),
     "nesting": (nested, "nested more than 100 deep"),
     "unknown operator": (lambda f: edit(f, lambda m: setattr(m.graph.node[-1], "op_type", "Odd")), "cannot run copy/model.onnx"),
     "configuration": (lambda f: (f / "genai_config.json").write_text("[" * 100_000), "genai_config.json is damaged"),
@@ -437,6 +453,26 @@ def test_hostile_files_are_refused(hostile: Path, damage: Callable[[Path], Any],
     damage(hostile)
     with pytest.raises(ModelError, match=message):
         onnx_runtime.open(hostile, threads=1)
+
+
+@pytest.mark.parametrize("name", ["truncated graph", "truncated data", "absolute path", "huge shape", "huge cache"])
+@pytest.mark.parametrize("command", ["eval", "bench", "predict", "chat"])
+def test_every_command_refuses_them(command: str, name: str, hostile: Path, faq: Path) -> None:
+    damage, message = HOSTILE[name]
+    damage(hostile)
+    arguments = {
+        "eval": (hostile, faq),
+        "bench": (hostile, "--prompt-tokens", "4", "--repeats", "3"),
+        "predict": (hostile, faq, "-o", "answers.csv"),
+        "chat": (hostile, "--prompt", "Hello"),
+    }[command]
+    done = edgelora(command, *arguments, cwd=hostile.parent)
+    assert (done.code, done.out) == (3, "")
+    first, hint = done.err.strip().splitlines()
+    assert first.startswith("error: ")
+    assert re.search(message, first)
+    assert hint
+    assert not (hostile.parent / "answers.csv").exists()
 
 
 def test_damaged_tokenizer(hostile: Path) -> None:

@@ -38,6 +38,8 @@ _BITS |= dict.fromkeys((7, 11, 13, 14), 64) | {15: 128} | dict.fromkeys((21, 22,
 _STRING = 8
 _MAX_DEPTH = 100  # as protobuf's own parsers
 _MAX_RANK = 64
+_MAX_CACHE = 1 << 18  # values a token and layer, key or value; the largest open models have 16,384
+_MAX_LAYERS = 1024
 
 
 def check_folder(folder: Path) -> None:
@@ -176,6 +178,15 @@ def context_length(folder: Path) -> int:
     if type(length) is not int or length < 1:
         raise ModelError(f"{folder / SETTINGS} is damaged: context_length is {length!r}", AGAIN)
     return length
+
+
+def check_cache(folder: Path, heads: int, dimension: int, layers: int = 1) -> None:
+    """Refuse a cache so large that memory would run out before the first token: a damaged or hostile file."""
+    if not (0 < heads * dimension <= _MAX_CACHE and heads > 0 and 0 < layers <= _MAX_LAYERS):
+        raise ModelError(
+            f"{folder / GRAPH} wants a cache of {heads} heads of {dimension} values in {layers} layer{'s' * (layers != 1)}",
+            "no decoder is like that: " + AGAIN,
+        )
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

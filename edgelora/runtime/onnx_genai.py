@@ -17,7 +17,7 @@ import onnxruntime_genai as og
 
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
 from edgelora.runtime.answers import in_order
-from edgelora.runtime.onnx_folder import AGAIN, GRAPH, SETTINGS, check_folder, context_length, log_softmax, settings
+from edgelora.runtime.onnx_folder import AGAIN, GRAPH, SETTINGS, check_cache, check_folder, context_length, log_softmax, settings
 from edgelora.runtime.text import FolderText
 from edgelora.size import traffic
 
@@ -176,6 +176,10 @@ def _vocabulary(folder: Path) -> int:
     vocabulary = model.get("vocab_size") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(decoder, dict) or not isinstance(options, dict) or type(vocabulary) is not int:
         raise ModelError(f"{path} is damaged: it describes no decoder", AGAIN)
+    cache = [decoder.get(name) for name in ("num_key_value_heads", "head_size", "num_hidden_layers")]
+    if not all(type(number) is int for number in cache):
+        raise ModelError(f"{path} is damaged: its decoder has {cache} heads, values a head and layers", AGAIN)
+    check_cache(folder, *cache)
     strange = [f"model.{name}" for name, value in model.items() if isinstance(value, dict) and name != "decoder"]
     strange += [f"session option {name}" for name in options if name not in _HARMLESS]
     strange += ["pipeline"] if "pipeline" in decoder else []

@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
 from edgelora.runtime.answers import in_order
-from edgelora.runtime.onnx_folder import AGAIN, GRAPH, check_folder, context_length, log_softmax
+from edgelora.runtime.onnx_folder import AGAIN, GRAPH, check_cache, check_folder, context_length, log_softmax
 from edgelora.runtime.text import FolderText
 from edgelora.size import traffic
 
@@ -57,6 +57,8 @@ class OnnxSession(FolderText):
         super().__init__(folder)
         self._session: ort.InferenceSession | None = _load(folder / GRAPH, threads)
         self._cache = _cache_shapes(self._session)
+        for heads, dimension, _ in self._cache.values():
+            check_cache(folder, heads, dimension, len(self._cache) // 2)
         self._positions = any(i.name == "position_ids" for i in self._session.get_inputs())
         self._context = context_length(folder)
 
