@@ -169,13 +169,29 @@ class TestEveryPreset:
         assert not any(node.doc_string for node in graph.graph.node)
 
 
-@pytest.mark.parametrize("arch", sorted(set(ARCHITECTURES) - {case[0] for case in MAX_KL}))
-def test_every_other_architecture_of_the_gguf_converter_is_exact(arch: str, tmp_path: Path) -> None:
-    """Layers without rotation, joined matrices, windows, norms that count from one: what the builder is helped over."""
-    model = calmed(tiny_model(arch, tmp_path / arch))
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.1] * 8, "long_factor": [2.0 + i for i in range(8)], "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings"),
+    [
+        ("mistral", {"sliding_window": 16}),
+        ("smollm3", {}),
+        ("phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONG_ROPE}),
+        ("gemma3_text", {}),
+    ],
+)
+def test_every_other_architecture_of_the_gguf_converter_is_exact(arch: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Windows, layers without rotation, joined matrices, norms that count from one: what the builder does not carry over by itself."""
+    model = calmed(tiny_model(arch, tmp_path / arch, **settings))
     with onnx_runtime.open(onnx_export.write(model, "fp32", tmp_path, arch, quiet), threads=1) as session:
         scores = session.score(IDS)
     assert kl(torch_scores(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), IDS), scores) < 1e-6
+
+
+def test_no_architecture_is_left_out() -> None:
+    """MAX_KL and the four of the test above."""
+    assert {case[0] for case in MAX_KL} | {"mistral", "smollm3", "phi3", "gemma3_text"} == set(ARCHITECTURES)
 
 
 def test_blocks_and_activations_by_name(exports: Exports, tmp_path: Path) -> None:

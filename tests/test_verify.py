@@ -208,6 +208,35 @@ def test_onnx_weights(folder: Path, refused: Refused) -> None:
     assert hint.startswith("the culprit is the weights: in full precision the KL is ")
 
 
+@pytest.mark.parametrize("damage", ["theta", "epsilon", "heads"])
+def test_onnx_built_from_other_settings(finished: Line, damage: str, refused: Refused, tmp_path: Path) -> None:
+    """A builder that reads a setting wrongly exits 0 and writes a file that loads: only its answers tell."""
+    model = Path(shutil.copytree(finished.one("model-*"), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    other = {
+        "theta": {"rope_parameters": config["rope_parameters"] | {"rope_theta": 500.0}},
+        "epsilon": {"rms_norm_eps": 0.5},
+        "heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
+    }[damage]
+    (model / "config.json").write_text(json.dumps(config | other))
+    wrong = stage.format_module("onnx").write(model, "fp32", tmp_path, "wrong", lambda share, text: None)
+    message, hint = refused(wrong, widest=wrong)
+    assert message.startswith("wrong-fp32-onnx: KL ")
+    assert hint.startswith("the culprit is the conversion or the runtime: even in full precision the KL is ")
+
+
+def test_runtimes_of_one_file_must_agree(finished: Line, folder: Path, rows: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = verify.further(folder, "onnxruntime", ("onnxruntime-genai",), rows, 1)["onnxruntime-genai"]
+    assert 0 <= found.pop("kl") < 1e-3
+    assert set(found.values()) == {True}, found
+    genai = runtime("onnxruntime-genai")
+    other = lambda path, threads: genai_open(finished.one("onnx-*/base-tiny-int8-onnx"), threads)  # noqa: E731
+    genai_open = genai.open
+    monkeypatch.setattr(genai, "open", other)
+    with pytest.raises(VerifyError, match="tampered-onnx: onnxruntime-genai and onnxruntime disagree about it: KL "):
+        verify.further(folder, "onnxruntime", ("onnxruntime-genai",), rows, 1)
+
+
 def test_a_refused_export_leaves_nothing(finished: Line, tmp_path: Path) -> None:
     shutil.copytree(finished.folder, tmp_path / "copy")
     out = tmp_path / "copy" / "runs" / "tiny"

@@ -3,6 +3,7 @@
     DEFAULT_TYPE: str
     TYPES: Mapping[str, str]                # name -> one line that describes it
     RUNTIME: str                            # the entry of edgelora.runtime.RUNTIMES that its users will run it with
+    FURTHER: tuple[str, ...]                # others of them that must answer alike
     REQUIRES: tuple[str, ...]               # importable modules it needs
     MERGES: bool                            # whether predict_bytes and write take `weights`: an adapter is added on the way
     APART: bool                             # whether the adapter stays a file of its own, beside a base that others share

@@ -34,6 +34,7 @@ from edgelora.weights import Checkpoint, ranges
 DEFAULT_TYPE = "q4_k_m"
 TYPES = {name: kind.about for name, kind in gguf_types.FILE_TYPES.items()}
 RUNTIME = "llama.cpp"
+FURTHER: tuple[str, ...] = ()
 REQUIRES = ("gguf", "llama_cpp")
 MERGES = True
 APART = False

@@ -25,6 +25,7 @@ from edgelora.weights import Base, Checkpoint, Merged
 DEFAULT_TYPE = "q8_0"
 TYPES = gguf.TYPES  # of the base; the adapter is in 16 bits beside any of them
 RUNTIME = gguf.RUNTIME
+FURTHER = gguf.FURTHER
 REQUIRES = gguf.REQUIRES
 MERGES = True
 APART = True

@@ -32,6 +32,7 @@ TYPES = {
     "fp32": "no quantization: the reference",
 }
 RUNTIME = "onnxruntime"
+FURTHER = ("onnxruntime-genai",)
 MERGES = False
 APART = False
 OPTIONS = frozenset({"importance", "block", "activations"})
@@ -53,7 +54,7 @@ _ROTATIONS = {
     "mistral": ("default", "linear"),
     "qwen2": ("default", "linear"),
     "qwen3": ("default", "linear"),
-    "smollm3": ("default", "linear"),
+    "smollm3": ("default",),
     "phi3": ("default", "longrope"),
     "gemma3_text": ("default",),
 }
@@ -87,6 +88,8 @@ def write(
     Raises Unsupported for a combination that is known to break or to compute something else, ModelError when the
     builder refuses the model or what it wrote does not load; OSError on a full disk.
     """
+    from edgelora.export import gguf
+
     config, shapes = _config(model), _shapes(model)
     options = _builder_options(type, config, shapes, block, activations)
     tied = _is_tied(config, shapes)
@@ -102,19 +105,19 @@ def write(
         source = onnx_builder.readable(model.resolve(), scratch)
         onnx_builder.run(source, options, scratch.resolve(), _layers(config), lambda done, text: progress(share * done, text))
         progress(0.9 * share, "tidying the graph")
+        described = gguf.model_config(model)
         rounding = None
         if measured is not None:
-            from edgelora.export import gguf, onnx_rounding
+            from edgelora.export import onnx_rounding
 
             rounding = partial(
                 onnx_rounding.rounded,
                 weights=Checkpoint(model),
-                config=gguf.model_config(model),
+                config=described,
                 moments=measured,
                 progress=lambda done, text: progress(share * 0.9 + (0.95 - share * 0.9) * done, text),
             )
-        unrotated = [layer for layer, rotates in enumerate(config.get("no_rope_layers") or ()) if not rotates]
-        onnx_graph.tidy(built, type, tied, unrotated, rounding)
+        onnx_graph.tidy(built, type, tied, _attention(described), rounding)
         _tidy_files(model, built)
         progress(0.95, "opening it in ONNX Runtime")
         with onnx_runtime.open(built, threads=1) as session:
@@ -210,6 +213,18 @@ def _rope_bytes(config: Mapping[str, Any]) -> int:
 
 def _layers(config: Mapping[str, Any]) -> int:
     return int(config.get("num_hidden_layers") or 1)
+
+
+def _attention(config: Any) -> list[onnx_graph.Attention]:
+    """What each layer attends to, out of transformers' configuration."""
+    layers = config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    rotates = getattr(config, "no_rope_layers", None) or [1] * layers
+    return [
+        onnx_graph.Attention(window if window and kind == "sliding_attention" else -1, bool(turns))
+        for kind, turns in zip(kinds, rotates, strict=True)
+    ]
 
 
 def _is_tied(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> bool:

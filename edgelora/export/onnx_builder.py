@@ -57,7 +57,7 @@ def readable(model: Path, scratch: Path) -> Path:
 
     Gemma 3: the rotary settings of both kinds of layer at one place, and float32, since the builder adds one to the norms'
     weights in the type that they are stored in. Phi-3 without LongRoPE: the two lengths of the context equal, or it is taken for one with.
-    SmolLM3: layers without rotation as if they had one, which `onnx_graph` takes out again; the builder stops at them.
+    Phi-3 with LongRoPE: the scaling's name under its old key. SmolLM3: layers without rotation as if they had one, which `onnx_graph` takes out again; the builder stops at them.
     """
     values = json.loads((model / "config.json").read_text(encoding="utf-8"))
     rope = values.get("rope_parameters") or {}
@@ -71,6 +71,8 @@ def readable(model: Path, scratch: Path) -> Path:
         values["dtype"] = "float32"
     elif values.get("model_type") == "phi3" and rope.get("rope_type", "default") == "default":
         values["original_max_position_embeddings"] = values.get("max_position_embeddings")
+    elif values.get("model_type") == "phi3":
+        values["rope_parameters"] = rope | {"type": rope["rope_type"]}
     elif values.get("model_type") == "smollm3":
         values["no_rope_layers"] = [1] * int(values["num_hidden_layers"])
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,15 @@ BLOCK = 32  # weights that share a scale
 _DATA = f"{GRAPH}.data"
 _TABLE = "model.embed_tokens.weight_quantized"
 
+
+@dataclass(frozen=True)
+class Attention:
+    """What a layer attends to: `window` tokens up to its own, -1 for all; and whether queries and keys are rotated."""
+
+    window: int = -1
+    rotates: bool = True
+
+
 Read = Callable[[str], np.ndarray]  # name of a stored tensor -> its bytes, uint8
 
 
@@ -25,14 +35,15 @@ def tidy(
     folder: Path,
     type: str,
     tied: bool,
-    unrotated: Sequence[int] = (),
+    attention: Sequence[Attention] = (),
     rounding: Callable[[onnx.GraphProto, Read], dict[str, np.ndarray]] | None = None,
 ) -> None:
     """Strip what tells where and when the graph was made, name the cache's head size, hold the embedding in few bits.
 
     The builder stamps the commit of whatever git checkout it runs in into producer_version. It leaves the cache's last
-    dimension symbolic, where transformers.js and our runtime want to read the head size. In the layers
-    `unrotated` queries and keys stay as they are. `rounding` gives the tensors that are stored with other bytes than the builder's.
+    dimension symbolic, where transformers.js and our runtime want to read the head size. `attention` says
+    what every layer attends to, which the builder does not always carry over; `rounding` gives the tensors that are stored with other
+    bytes than the builder's.
     """
     path = folder / GRAPH
     model = onnx.load(path, load_external_data=False)
@@ -44,8 +55,9 @@ def tidy(
     for part in (model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
-    for layer in unrotated:
-        _unrotate(next(n for n in model.graph.node if n.name == f"/model/layers.{layer}/attn/GroupQueryAttention"))
+    nodes = {node.name: node for node in model.graph.node}
+    for layer, wanted in enumerate(attention):
+        _attend(nodes[f"/model/layers.{layer}/attn/GroupQueryAttention"], wanted)
     arrays = _quantize_embedding(model.graph, folder, tied) if type != "fp32" else {}
     if rounding is not None:
         tensors = {t.name: t for t in model.graph.initializer}
@@ -57,12 +69,14 @@ def tidy(
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _unrotate(attention: onnx.NodeProto) -> None:
-    """GroupQueryAttention without its rotation: inputs 7 and 8 are the tables of cosines and sines (onnxruntime, ContribOperators.md)."""
-    for attribute in attention.attribute:
-        if attribute.name == "do_rotary":
+def _attend(node: onnx.NodeProto, wanted: Attention) -> None:
+    """Set a GroupQueryAttention's window, and take its rotation away: inputs 7 and 8 are cosines and sines (ONNX Runtime's ContribOperators.md)."""
+    for attribute in node.attribute:
+        if attribute.name == "local_window_size":
+            attribute.i = wanted.window
+        elif attribute.name == "do_rotary" and not wanted.rotates:
             attribute.i = 0
-    attention.input[7] = attention.input[8] = ""
+            node.input[7] = node.input[8] = ""
 
 
 def _quantize_embedding(graph: onnx.GraphProto, folder: Path, tied: bool) -> dict[str, np.ndarray]:

@@ -26,6 +26,27 @@ def fallbacks(mixture: Facts) -> list[str]:
     ]
 
 
+def further(facts: Facts) -> list[str]:
+    """Whether other runtimes answer alike, and what their own tokenizers and template engines do otherwise."""
+    lines = []
+    for name, found in (facts.get("further") or {}).items():
+        lines.append(f"{name} answers alike: KL {found['kl']:.2g}" + (", the same text" if found["same_text"] else ""))
+        if not found["tokens_equal"]:
+            where = "unusual texts" if found["rows_equal"] else "these rows"
+            lines.append(f"{name}'s own tokenizer splits {where} otherwise: give it ids by tokenizer.json")
+        if not found["template_equal"]:
+            lines.append(f"{name}'s own template engine renders the chat template otherwise: give it rendered text")
+    return lines
+
+
+def rounded(facts: Facts) -> list[str]:
+    """Of formats without a mixture: whether training rows said how to round."""
+    weighed = facts.get("importance")
+    if weighed is None or "weights" in facts:
+        return []
+    return ["rounded by what training rows say matters" if weighed else "rounded without training rows: with --rows it comes closer"]
+
+
 def survival(facts: Facts) -> list[str]:
     """How much of what training changed the file keeps; more where the base was once quantized."""
     change = facts.get("change") or {}
@@ -46,4 +67,4 @@ def survival(facts: Facts) -> list[str]:
 def all_of(facts: Facts) -> list[str]:
     """Everything above that a file's facts hold."""
     mixture = facts.get("weights")
-    return [*([weights(facts), *fallbacks(mixture)] if mixture else []), *survival(facts)]
+    return [*([weights(facts), *fallbacks(mixture)] if mixture else []), *rounded(facts), *further(facts), *survival(facts)]

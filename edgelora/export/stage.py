@@ -182,6 +182,9 @@ def export(
             full_precision=lambda: write(kept, _widest(module), scratch / "widest", lambda share, text: None),
             merged=lambda: Reference(described, source(kept).get("weights") or Checkpoint(described), None, checked, threads),
         )
+        if module.FURTHER:
+            progress(0.95, f"opening {written.name} in {', '.join(module.FURTHER)}")
+            found["further"] = verify.further(written, module.RUNTIME, module.FURTHER, checked, threads)
         predicted = module.predict_bytes(described, kind, name, **options, **source(kept))
         if "importance" in module.OPTIONS:
             # None: nothing in this file would look at one

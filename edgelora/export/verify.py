@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from edgelora import evaluate, models
 from edgelora.data import chat, template
@@ -16,6 +16,18 @@ from edgelora.errors import VerifyError
 from edgelora.export.reference import Reference
 from edgelora.runtime import Session, runtime
 
+
+class OwnText(Session, Protocol):
+    """A session of a library that brings a tokenizer and a template engine of its own."""
+
+    def library_tokenize(self, text: str) -> list[int]: ...
+
+    def library_render(self, messages: Sequence[tuple[str, str]]) -> str: ...
+
+
+_COMPARED = 4  # rows on which further runtimes are held against the first one
+_GREEDY = 24  # tokens of an answer that they write
+_SAME_KL = 0.01  # nats a token between two runtimes of one file: kernels that round activations differ by some 1e-4
 _EXACT_KL = 0.01  # nats a token that a file in the widest type may be away; f16 is near 1e-5
 
 # In Unicode's composed form: some tokenizers compose what they read and llama.cpp does not, a difference of other texts only.
@@ -65,6 +77,41 @@ def verify(
             f"{exported.name}: KL {measured['kl']:.3g} nats a token from the trained model, more than evaluate.max_kl = {max_kl}", culprit
         )
     return {**measured, "tokens_equal": True, "template_equal": True}
+
+
+def further(exported: Path, first: str, others: Sequence[str], rows: Sequence[Encoded], threads: int) -> dict[str, dict[str, Any]]:
+    """How other runtimes of `exported` answer beside the `first` one: KL divergence, greedy text, their own tokenizer and template.
+
+    VerifyError when one computes something else from the same file. What a runtime's own tokenizer or template engine
+    does otherwise is no fault of the file, and reported.
+    """
+    chosen = rows[:_COMPARED]
+    with runtime(first).open(exported, threads) as session:
+        expected = evaluate.answer_scores(session, chosen)
+        texts = [session.detokenize(row.ids) for row in chosen]
+        tokens = [session.tokenize(text) for text in (*PROBES, *texts)]
+        prompts = [template.render(session.chat_template, conversation, session.special_tokens) for conversation in _CONVERSATIONS]
+        greedy = [session.detokenize([*session.generate(session.tokenize(p), _GREEDY, session.stop_ids)]) for p in prompts]
+    found = {}
+    for name in others:
+        with cast(OwnText, runtime(name).open(exported, threads)) as session:
+            kl = float(evaluate.divergence_summary(evaluate.divergence(expected, session, chosen))["kl"])
+            if not kl <= _SAME_KL:
+                raise VerifyError(
+                    f"{exported.name}: {name} and {first} disagree about it: KL {kl:.3g} nats a token",
+                    "the culprit is the runtime: do not ship the file for both",
+                )
+            again = [session.detokenize([*session.generate(session.tokenize(p), _GREEDY, session.stop_ids)]) for p in prompts]
+            own = [session.library_tokenize(text) for text in (*PROBES, *texts)]
+            rendered = [session.library_render(conversation) for conversation in _CONVERSATIONS]
+        found[name] = {
+            "kl": kl,
+            "same_text": again == greedy,
+            "tokens_equal": own == tokens,
+            "rows_equal": own[len(PROBES) :] == tokens[len(PROBES) :],
+            "template_equal": rendered == prompts,
+        }
+    return found
 
 
 def _same_tokens(tokenizer: Any, session: Session, exported: Path, rows: Sequence[Encoded]) -> None:

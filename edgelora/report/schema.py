@@ -77,6 +77,9 @@ REPORT: dict[str, Any] = {
             "tokens": int,
             "tokens_equal": bool,
             "template_equal": bool,
+            "further": {  # other runtimes that open the file, beside `runtime`; tokens and template by the library's own means
+                str: {"kl": float, "same_text": bool, "tokens_equal": bool, "rows_equal": bool, "template_equal": bool}
+            },
             "merge": _MERGE,
             "weights": {  # of formats that mix types; fallbacks: matrices whose rows do not fit the wanted type's block
                 "bits_a_weight": float,

@@ -107,6 +107,17 @@ class GenaiSession(FolderText):
         generator = self._generator(ids, len(ids) + max_new_tokens)
         return self._continue(generator, ids, max_new_tokens, frozenset(stop), self._calls)
 
+    def library_tokenize(self, text: str) -> list[int]:
+        """Ids by the library's own tokenizer, which apps in other languages use; `tokenize` is that of tokenizer.json itself."""
+        with self._as_model_error():
+            return [int(i) for i in og.Tokenizer(self._model).encode(text)]
+
+    def library_render(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The conversation by the library's own template engine, up to where the assistant begins."""
+        text = json.dumps([{"role": role, "content": content} for role, content in messages])
+        with self._as_model_error():
+            return str(og.Tokenizer(self._model).apply_chat_template(text, add_generation_prompt=True))
+
     def close(self) -> None:
         self._calls += 1
         self._model = None
@@ -176,10 +187,10 @@ def _vocabulary(folder: Path) -> int:
     vocabulary = model.get("vocab_size") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(decoder, dict) or not isinstance(options, dict) or type(vocabulary) is not int:
         raise ModelError(f"{path} is damaged: it describes no decoder", AGAIN)
-    cache = [decoder.get(name) for name in ("num_key_value_heads", "head_size", "num_hidden_layers")]
-    if not all(type(number) is int for number in cache):
-        raise ModelError(f"{path} is damaged: its decoder has {cache} heads, values a head and layers", AGAIN)
-    check_cache(folder, *cache)
+    heads, size, layers = (decoder.get(name) for name in ("num_key_value_heads", "head_size", "num_hidden_layers"))
+    if not (type(heads) is type(size) is type(layers) is int):
+        raise ModelError(f"{path} is damaged: its decoder has {heads} heads of {size} values in {layers} layers", AGAIN)
+    check_cache(folder, heads, size, layers)
     strange = [f"model.{name}" for name, value in model.items() if isinstance(value, dict) and name != "decoder"]
     strange += [f"session option {name}" for name in options if name not in _HARMLESS]
     strange += ["pipeline"] if "pipeline" in decoder else []
