@@ -153,6 +153,12 @@ def _packed(data: mmap.mmap, start: int, end: int) -> list[int]:
     return values
 
 
+def shares_cache(folder: Path) -> bool:
+    """Whether the graph's attention writes the cache in place: it names the operator that does."""
+    with (folder / GRAPH).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"GroupQueryAttention") >= 0
+
+
 def settings(folder: Path) -> dict[str, Any]:
     """What genai_config.json says; empty where that file is missing. ModelError when it is no JSON object."""
     path = folder / SETTINGS

@@ -3,7 +3,8 @@
     input_ids, attention_mask [, position_ids], past_key_values.N.key / .value  ->  logits, present.N.key / .value
 
 Past and present share one buffer that holds the whole sequence, so a decoded token appends to it in place instead of
-copying the cache (GroupQueryAttention's documented buffer sharing). Neither torch, transformers nor onnx is imported:
+copying the cache (GroupQueryAttention's documented buffer sharing). Graphs without that operator, as optimum exports
+them, get the cache as they left it and hand out a longer one. Neither torch, transformers nor onnx is imported:
 a bench measures the memory of this process, and that should be the runtime's own.
 """
 
@@ -20,7 +21,7 @@ import onnxruntime as ort
 
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
 from edgelora.runtime.answers import in_order
-from edgelora.runtime.onnx_folder import AGAIN, GRAPH, check_cache, check_folder, context_length, log_softmax
+from edgelora.runtime.onnx_folder import AGAIN, GRAPH, check_cache, check_folder, context_length, log_softmax, shares_cache
 from edgelora.runtime.text import FolderText
 from edgelora.size import traffic
 
@@ -59,6 +60,7 @@ class OnnxSession(FolderText):
         self._cache = _cache_shapes(self._session)
         for heads, dimension, _ in self._cache.values():
             check_cache(folder, heads, dimension, len(self._cache) // 2)
+        self._cache_kind = _Shared if shares_cache(folder) else _Growing
         self._positions = any(i.name == "position_ids" for i in self._session.get_inputs())
         self._context = context_length(folder)
 
@@ -124,17 +126,14 @@ class OnnxSession(FolderText):
                 f"{capacity} tokens do not fit into the {self._context} that {self._folder.name} was exported for", "give a shorter text"
             )
         binding = session.io_binding()
-        for name, (heads, dim, dtype) in self._cache.items():
-            buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, capacity, dim), dtype))
-            binding.bind_ortvalue_input(name, buffer)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
-        logits_at = len(self._cache)  # outputs come in the order they were bound
+        cache = self._cache_kind(self._cache, capacity)
         read = 0
 
         def feed(ids: Sequence[int], at: int | None = None) -> np.ndarray:
             nonlocal read
             start = read if at is None else at
             read = start + len(ids)
+            cache.bind(binding, start)
             binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
             binding.bind_cpu_input("attention_mask", np.ones((1, read), np.int64))
             if self._positions:
@@ -142,10 +141,62 @@ class OnnxSession(FolderText):
             binding.bind_output("logits", "cpu")
             with _as_model_error(self._folder):
                 session.run_with_iobinding(binding)
-            logits: np.ndarray = binding.get_outputs()[logits_at].numpy()[0]
-            return logits
+            *caches, logits = binding.get_outputs()  # in the order they were bound
+            cache.keep(caches)
+            found: np.ndarray = logits.numpy()[0]
+            return found
 
         return feed
+
+
+Shapes = dict[str, tuple[int, int, Any]]  # past input -> (key/value heads, head dimension, dtype)
+
+
+class _Shared:
+    """Buffers for the whole sequence, past and present at once; what lies behind the current position is never looked at."""
+
+    def __init__(self, shapes: Shapes, capacity: int) -> None:
+        self._buffers = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, capacity, dim), dtype))
+            for name, (heads, dim, dtype) in shapes.items()
+        }
+        self._bound = False
+
+    def bind(self, binding: Any, start: int) -> None:
+        if not self._bound:
+            for name, buffer in self._buffers.items():
+                binding.bind_ortvalue_input(name, buffer)
+                binding.bind_ortvalue_output(_present(name), buffer)
+        self._bound = True
+
+    def keep(self, caches: Sequence[Any]) -> None:
+        """They were written in place."""
+
+
+class _Growing:
+    """What the graph handed out last, which is what it wants to be given next."""
+
+    def __init__(self, shapes: Shapes, capacity: int) -> None:
+        self._past = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, 0, dim), dtype)) for name, (heads, dim, dtype) in shapes.items()
+        }
+        self._length = 0
+
+    def bind(self, binding: Any, start: int) -> None:
+        binding.clear_binding_inputs()
+        binding.clear_binding_outputs()
+        for name, past in self._past.items():
+            kept = past if start == self._length else ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(past.numpy()[:, :, :start]))
+            binding.bind_ortvalue_input(name, kept)
+            binding.bind_output(_present(name), "cpu")
+
+    def keep(self, caches: Sequence[Any]) -> None:
+        self._past = dict(zip(self._past, caches, strict=True))
+        self._length = int(caches[0].shape()[2])
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values", "present")
 
 
 def _load(graph: Path, threads: int) -> ort.InferenceSession:
@@ -159,8 +210,8 @@ def _load(graph: Path, threads: int) -> ort.InferenceSession:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
-def _cache_shapes(session: ort.InferenceSession) -> dict[str, tuple[int, int, Any]]:
-    """Name -> (key/value heads, head dimension, dtype) of every past input; Unsupported for anything unknown."""
+def _cache_shapes(session: ort.InferenceSession) -> Shapes:
+    """The shape of every past input; Unsupported for anything unknown."""
     shapes = {}
     for value in session.get_inputs():
         if value.name in ("input_ids", "attention_mask", "position_ids"):
@@ -173,7 +224,7 @@ def _cache_shapes(session: ort.InferenceSession) -> dict[str, tuple[int, int, An
             raise Unsupported(f"input {value.name!r} has shape {shape} of {value.type}, not {expected}", AGAIN)
         shapes[value.name] = (shape[1], shape[3], _DTYPES[value.type])
     outputs = {o.name for o in session.get_outputs()}
-    wanted = {"logits", *(name.replace("past_key_values", "present") for name in shapes)}
+    wanted = {"logits", *map(_present, shapes)}
     if not shapes or not wanted <= outputs:
         lacking = min(wanted - outputs, default="past_key_values.0.key")
         raise Unsupported(f"the ONNX graph has no {lacking!r}", "only decoders with a key/value cache are run")
