@@ -16,7 +16,7 @@ from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
 
-from edgelora import machine
+from edgelora import environments, machine
 from edgelora.errors import EdgeloraError, ToolMissing
 from edgelora.gguf_header import read_header
 
@@ -34,7 +34,7 @@ assert error < 0.16, f'an NF4 block comes back wrong by {error}'  # half the wid
 print(f'quantizes to NF4 and back on the {device.upper()}')
 """,
     "llama_cpp": "import llama_cpp; llama_cpp.llama_backend_init(); print('llama.cpp ' + llama_cpp.llama_version().decode())",
-    "optimum": "print('optimum 2.3 exports no ONNX by itself; not used by export')",
+    "optimum": "print('exports no ONNX by itself; see the environment optimum')",
 }
 _PROBE_S = 180.0  # the first import of a large package from a slow disk takes minutes
 _MEMORY = 2 << 30  # bytes: a QLoRA of the embedded base in its smallest setting
@@ -66,6 +66,7 @@ def examine() -> list[Finding]:
         _base,
         lambda: _program("Chromium", ("chromium", "chromium-browser", "google-chrome"), "benches in a browser", "chromium"),
         lambda: _program("adb", ("adb",), "benches on an Android phone", "adb"),
+        *(lambda n=name: _environment(n) for name in environments.ENVIRONMENTS),
         _japanese,
     ]
     with ThreadPoolExecutor(machine.cores()) as pool:
@@ -211,6 +212,12 @@ def _program(name: str, commands: Sequence[str], purpose: str, package: str) -> 
     return Finding(
         name, True if found else None, found or f"absent; needed only for {purpose}", "" if found else f"apt-get install -y {package}"
     )
+
+
+def _environment(name: str) -> Finding:
+    there, about = environments.installed(name), environments.ENVIRONMENTS[name].about
+    words = f"{about}: {environments.folder(name)}" if there else f"{about}; not installed"
+    return Finding(f"environment {name}", True if there else None, words, f"edgelora doctor --install {name}")
 
 
 def _japanese() -> Finding:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgelora import check, doctor, machine, models
+from edgelora import check, doctor, environments, machine, models
 from edgelora import recipe as recipes
 from edgelora.data import chat
 from edgelora.data.split import Dataset
@@ -68,6 +68,8 @@ def token_parity(tokenizer: Any, gguf: Path | None, texts: list[str]) -> None:
 def _needs(section: recipes.Export) -> tuple[str, ...]:
     """Modules that writing and running this format import; UsageError for a format or type that does not exist."""
     module = exports.format_module(exports.resolve(section).format)
+    if section.exporter == "optimum":
+        environments.require("optimum")
     return (*module.REQUIRES, *runtime(module.RUNTIME).REQUIRES)
 
 

@@ -230,7 +230,7 @@ def test_runtimes_of_one_file_must_agree(finished: Line, folder: Path, rows: lis
     assert 0 <= found.pop("kl") < 1e-3
     assert set(found.values()) == {True}, found
     genai = runtime("onnxruntime-genai")
-    other = lambda path, threads: genai_open(finished.one("onnx-*/base-tiny-int8-onnx"), threads)  # noqa: E731
+    other = lambda path, threads: genai_open(finished.one("base-onnx-*/base-tiny-int8-onnx"), threads)  # noqa: E731
     genai_open = genai.open
     monkeypatch.setattr(genai, "open", other)
     with pytest.raises(VerifyError, match="tampered-onnx: onnxruntime-genai and onnxruntime disagree about it: KL "):

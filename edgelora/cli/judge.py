@@ -150,15 +150,22 @@ def update(echo: Output, run: Path, output: Path | None) -> None:
 
 
 @click.command()
+@click.option("--install", metavar="NAME", help="Make the environment of that name (optimum), in a folder of its own.")
 @command
-def doctor(echo: Output) -> None:
+def doctor(echo: Output, install: str | None) -> None:
     """What this machine has, what is missing and the one command that mends it.
 
     \b
     Example:  edgelora doctor
     """
     from edgelora import doctor as doctors
+    from edgelora import environments
 
+    if install:
+        with echo.progress() as progress:
+            place = environments.install(install, lambda share, text: progress("install", share, text))
+        echo.result({"name": install, "folder": str(place)}, f"{install}: {place}")
+        return
     found = doctors.examine()
     marks = {True: "ok  ", False: "MISS", None: "-   "}
     lines = [f"{marks[f.ok]}  {f.name}: {f.detail}" + (f"\n      {f.mend}" if f.mend and not f.ok else "") for f in found]

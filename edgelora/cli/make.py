@@ -189,6 +189,9 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
 @click.option(
     "--activations", type=click.Choice(["int8", "fp32"]), help="What a matrix's inputs are rounded to (ONNX); default int8, the fastest."
 )
+@click.option(
+    "--exporter", type=click.Choice(["builder", "optimum"]), help="Who writes the ONNX graph; default onnxruntime-genai's model builder."
+)
 @click.option("--max-size", metavar="SIZE", help="Instead of a type: the best type for every tensor within that size, e.g. 90MB (GGUF).")
 @click.option(
     "--max-kl", type=float, help="Instead of a type: the smallest file predicted to stay that close to the model, nats a token (GGUF)."
@@ -211,6 +214,7 @@ def export(
     tensor_types: tuple[str, ...],
     block: int | None,
     activations: Literal["int8", "fp32"] | None,
+    exporter: Literal["builder", "optimum"] | None,
     max_size: str | None,
     max_kl: float | None,
     plan_: Path | None,
@@ -230,7 +234,7 @@ def export(
     """
     from dataclasses import replace
 
-    from edgelora import artifact, doctor, machine, models, plan, tuned
+    from edgelora import artifact, doctor, environments, machine, models, plan, tuned
     from edgelora import recipe as recipes
     from edgelora.export import beside, samples
     from edgelora.export import stage as exports
@@ -240,7 +244,9 @@ def export(
 
     if plan_ and not (max_size or max_kl):
         max_size = f"{size_plan.read_plan(plan_)[0].size_bytes}B"
-    section = exports.resolve(recipes.Export(format_, type_, bool(imatrix) or None, tensor_types, block, activations, max_size, max_kl))
+    section = exports.resolve(
+        recipes.Export(format_, type_, bool(imatrix) or None, tensor_types, block, activations, exporter, max_size, max_kl)
+    )
     module = exports.format_module(format_)
     if imatrix and module.CALIBRATION != "importance":
         raise UsageError(f"{format_} has no place for an importance matrix", "give it rows to measure more on: --rows FILE")
@@ -268,6 +274,8 @@ def export(
         return
     calm_libraries()
     doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
+    if exporter == "optimum":
+        environments.require("optimum")
     with echo.progress() as progress, artifact.locked(target):
         base = models.open_base(str(model) if adapter else str(model.absolute()), Path(), target)
         if adapter:

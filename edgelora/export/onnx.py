@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.errors import EdgeloraError, ModelError, Unsupported, UsageError
-from edgelora.export import architectures, onnx_builder, onnx_graph
+from edgelora.export import architectures, onnx_builder, onnx_graph, onnx_optimum
 from edgelora.quant.curvature import Moments
 from edgelora.runtime import onnx_runtime
 from edgelora.weights import Checkpoint
@@ -30,12 +30,14 @@ TYPES = {
     "int4-mixed": "4 bits by k-quant, the sensitive matrices and the embedding in 8: recommended",
     "int8": "8 bits, blocks of 32: nearly exact",
     "fp32": "no quantization: the reference",
+    "fp16": "16 bits, by the exporter optimum alone",
 }
+EXPORTERS = ("builder", "optimum")
 RUNTIME = "onnxruntime"
 FURTHER = ("onnxruntime-genai",)
 MERGES = False
 APART = False
-OPTIONS = frozenset({"importance", "block", "activations"})
+OPTIONS = frozenset({"importance", "block", "activations", "exporter"})
 CALIBRATION = "moments"
 REQUIRES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "tokenizers", "torch", "transformers")
 
@@ -58,7 +60,8 @@ _ROTATIONS = {
     "phi3": ("default", "longrope"),
     "gemma3_text": ("default",),
 }
-_KEPT = re.compile(r"model\.onnx(\.data)?|genai_config\.json|(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges).*")
+_TEXT = re.compile(r"(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges).*")
+_KEPT = re.compile(rf"model\.onnx(\.data)?|genai_config\.json|{_TEXT.pattern}")
 # CPU seconds and bytes: a fixed part (imports), and a part for every weight.
 _SECONDS = (8.0, {"int4": 5e-8, "int4-mixed": 2e-7, "int8": 5e-8, "fp32": 3e-8})
 _ROUNDING_SECONDS = 3e-7
@@ -78,46 +81,33 @@ def write(
     importance: Moments | None = None,
     block: int | None = None,
     activations: str | None = None,
+    exporter: str | None = None,
 ) -> Path:
     """Write ``folder/<name>-<type>-onnx`` from the Hugging Face folder `model` and return it.
 
     It holds model.onnx and model.onnx.data, genai_config.json, the tokenizer with its chat template, and config.json and
     generation_config.json, so that onnxruntime, onnxruntime-genai and AutoTokenizer all open it. `importance`, the second
     moments of every matrix's inputs on training rows, rounds weights by what matters; the graph stays the same.
-    `block` weights share a scale (one of BLOCKS), `activations` is one of ACTIVATIONS.
+    `block` weights share a scale (one of BLOCKS), `activations` is one of ACTIVATIONS, `exporter` "optimum" or None for the
+    builder; optimum takes neither of the three.
     Raises Unsupported for a combination that is known to break or to compute something else, ModelError when the
-    builder refuses the model or what it wrote does not load; OSError on a full disk.
+    builder refuses the model or what it wrote does not load, ToolMissing without optimum's environment; OSError on a full disk.
     """
-    from edgelora.export import gguf
-
-    config, shapes = _config(model), _shapes(model)
-    options = _builder_options(type, config, shapes, block, activations)
-    tied = _is_tied(config, shapes)
     target = folder / f"{name}-{type}-onnx"
     scratch = folder / ".onnx-builder"
     shutil.rmtree(scratch, ignore_errors=True)
-    measured = importance if gains_from_importance(model, type) else None
-    share = 1.0 if measured is None else 0.6  # of the time, that the builder takes
+    built = scratch / "model"
     try:
-        built = scratch / "model"
         for place in (built, scratch / "home", scratch / "tmp"):
             place.mkdir(parents=True)
-        source = onnx_builder.readable(model.resolve(), scratch)
-        onnx_builder.run(source, options, scratch.resolve(), _layers(config), lambda done, text: progress(share * done, text))
-        progress(0.9 * share, "tidying the graph")
-        described = gguf.model_config(model)
-        rounding = None
-        if measured is not None:
-            from edgelora.export import onnx_rounding
-
-            rounding = partial(
-                onnx_rounding.rounded,
-                weights=Checkpoint(model),
-                config=described,
-                moments=measured,
-                progress=lambda done, text: progress(share * 0.9 + (0.95 - share * 0.9) * done, text),
-            )
-        onnx_graph.tidy(built, type, tied, _attention(described), rounding)
+        if exporter == "optimum":
+            _refuse_builders_settings(block, activations)
+            onnx_optimum.write(model, type, built, scratch.resolve(), progress)
+            for path in model.iterdir():
+                if _TEXT.fullmatch(path.name):
+                    shutil.copyfile(path, built / path.name)
+        else:
+            _build(model, type, built, scratch, progress, importance, block, activations)
         _tidy_files(model, built)
         progress(0.95, "opening it in ONNX Runtime")
         with onnx_runtime.open(built, threads=1) as session:
@@ -130,9 +120,44 @@ def write(
     return target
 
 
-def gains_from_importance(model: Path, type: str) -> bool:
-    """Whether weights of this type are rounded coarsely enough that training rows should say how; and the model's tensors are known."""
-    return type.startswith("int4") and _config(model).get("model_type") in architectures.ARCHITECTURES
+def _build(
+    model: Path,
+    type: str,
+    built: Path,
+    scratch: Path,
+    progress: Progress,
+    importance: Moments | None,
+    block: int | None,
+    activations: str | None,
+) -> None:
+    """Fill `built` by onnxruntime-genai's builder."""
+    from edgelora.export import gguf
+
+    config, shapes = _config(model), _shapes(model)
+    options = _builder_options(type, config, shapes, block, activations)
+    measured = importance if gains_from_importance(model, type) else None
+    share = 1.0 if measured is None else 0.6  # of the time, that the builder takes
+    source = onnx_builder.readable(model.resolve(), scratch)
+    onnx_builder.run(source, options, scratch.resolve(), _layers(config), lambda done, text: progress(share * done, text))
+    progress(0.9 * share, "tidying the graph")
+    described = gguf.model_config(model)
+    rounding = None
+    if measured is not None:
+        from edgelora.export import onnx_rounding
+
+        rounding = partial(
+            onnx_rounding.rounded,
+            weights=Checkpoint(model),
+            config=described,
+            moments=measured,
+            progress=lambda done, text: progress(share * 0.9 + (0.95 - share * 0.9) * done, text),
+        )
+    onnx_graph.tidy(built, type, _is_tied(config, shapes), _attention(described), rounding)
+
+
+def gains_from_importance(model: Path, type: str, exporter: str | None = None) -> bool:
+    """Whether weights of this type are rounded coarsely enough that training rows should say how, and the model's tensors are known."""
+    return exporter != "optimum" and type.startswith("int4") and _config(model).get("model_type") in architectures.ARCHITECTURES
 
 
 def calibration(path: Path) -> Moments:
@@ -141,7 +166,13 @@ def calibration(path: Path) -> Moments:
 
 
 def predict_bytes(
-    model: Path, type: str, name: str = "", importance: object = None, block: int | None = None, activations: str | None = None
+    model: Path,
+    type: str,
+    name: str = "",
+    importance: object = None,
+    block: int | None = None,
+    activations: str | None = None,
+    exporter: str | None = None,
 ) -> int:
     """Estimate the bytes of the folder that `write` would leave, from config.json and the safetensors headers alone.
 
@@ -149,6 +180,12 @@ def predict_bytes(
     `name`, `importance` and `activations` change nothing here. Raises Unsupported as `write` does.
     """
     config, shapes = _config(model), _shapes(model)
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
+    beside = sum((model / n).stat().st_size for n in names if (model / n).is_file())
+    if exporter == "optimum":
+        _refuse_builders_settings(block, activations)
+        onnx_optimum.check(type)
+        return onnx_optimum.predict_bytes(shapes, type) + beside
     _builder_options(type, config, shapes, block, activations)
     layers, block = _layers(config), _block(type, shapes, block)
     packed = not any("q_norm" in name for name in shapes)  # the builder joins q, k and v: they share their bits
@@ -164,8 +201,7 @@ def predict_bytes(
     if not _is_tied(config, shapes) or (padded and type == "int8"):
         total += _matrix_bytes(table, "fp32" if padded or type == "fp32" else "int8", onnx_graph.BLOCK, eight=True)
     total += len(shapes) * {"fp32": 600, "int4-mixed": 950}.get(type, 800) + (0 if packed else 2500 * layers)
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
-    return total + sum((model / n).stat().st_size for n in names if (model / n).is_file())
+    return total + beside
 
 
 def estimate(model: Path, type: str, importance: bool) -> dict[str, float]:
@@ -213,6 +249,11 @@ def _rope_bytes(config: Mapping[str, Any]) -> int:
 
 def _layers(config: Mapping[str, Any]) -> int:
     return int(config.get("num_hidden_layers") or 1)
+
+
+def _refuse_builders_settings(block: int | None, activations: str | None) -> None:
+    if block is not None or activations is not None:
+        raise UsageError("block and activations are settings of the builder, and the exporter is optimum", "leave them or the exporter out")
 
 
 def _attention(config: Any) -> list[onnx_graph.Attention]:
@@ -281,6 +322,8 @@ def _builder_options(
     """The builder's arguments; refuses what would break."""
     if type not in TYPES:
         raise EdgeloraError(f"onnx has no type {type!r}", f"choose one of {', '.join(TYPES)}")
+    if type not in _BUILDER:
+        raise Unsupported(f"the ONNX builder writes no {type} for a CPU", "take int8, or --exporter optimum")
     if activations is not None and (type == "fp32" or activations not in ACTIVATIONS):
         known = "leave activations out" if type == "fp32" else f"known: {', '.join(ACTIVATIONS)}"
         raise UsageError(f"{type} has no activations in {activations}", known)

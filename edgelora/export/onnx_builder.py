@@ -30,7 +30,7 @@ def run(model: Path, options: Sequence[str], scratch: Path, layers: int, progres
     with subprocess.Popen(
         command,
         cwd=scratch,
-        env=_environment(scratch),
+        env=environment(scratch),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -99,7 +99,7 @@ def _failure(tail: collections.deque[str], code: int, model: Path) -> Exception:
     return ModelError(f"the ONNX builder cannot export {model.name}: {last}", "export it as GGUF instead")
 
 
-def _environment(scratch: Path) -> dict[str, str]:
+def environment(scratch: Path) -> dict[str, str]:
     """For the child only: no network, no credentials, one thread, every temporary file inside `scratch`."""
     ours = {name: value for name, value in os.environ.items() if not name.endswith("_TOKEN")}
     folders = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch / "tmp")) | {"HF_HOME": str(scratch / "home")}

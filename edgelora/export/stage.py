@@ -16,14 +16,14 @@ from edgelora.data.chat import Encoded
 from edgelora.errors import UsageError
 from edgelora.export import FORMATS, beside, survival, verify
 from edgelora.export.reference import Reference
-from edgelora.runtime import runtime
+from edgelora.runtime import runtime, runtimes_of
 from edgelora.tuned import Tuned
 from edgelora.weights import Checkpoint
 
 Progress = Callable[[float, str], None]
 
 # Keys of recipe.Export that only some formats take -> one that does.
-_OPTIONS = {"importance": "gguf", "tensor_types": "gguf", "block": "onnx", "activations": "onnx"}
+_OPTIONS = {"importance": "gguf", "tensor_types": "gguf", "block": "onnx", "activations": "onnx", "exporter": "onnx"}
 
 
 def format_module(name: str) -> ModuleType:
@@ -90,7 +90,7 @@ def estimate(model: Path, section: recipes.Export) -> dict[str, float]:
     """`peak_bytes` of memory and `seconds` of CPU time that writing the file will take, estimates; empty where a format takes little."""
     section = resolve(section)
     module = format_module(section.format)
-    if section.planned or not hasattr(module, "estimate"):
+    if section.planned or section.exporter == "optimum" or not hasattr(module, "estimate"):
         return {}
     return dict(module.estimate(model, str(section.type), weighed(model, section)))
 
@@ -101,7 +101,8 @@ def _options(module: ModuleType, section: recipes.Export, measured: Any) -> dict
 
 
 def _mixing(module: ModuleType, section: recipes.Export) -> dict[str, Any]:
-    return {"tensor_types": section.tensor_types} if "tensor_types" in module.OPTIONS else {}
+    """What of a section says whether a type gains from importance."""
+    return {key: getattr(section, key) for key in ("tensor_types", "exporter") if key in module.OPTIONS}
 
 
 def export(
@@ -136,6 +137,7 @@ def export(
         raise UsageError(f"{section.format} is written from a merged model", "merge the adapter first: edgelora merge")
     checked = rows[: limits.verify_rows]
     options = _options(module, section, module.calibration(importance) if importance else None)
+    exporter = {key: options[key] for key in ("exporter",) if key in options}
 
     def make(folder: Path) -> dict[str, Any]:
         scratch = folder / ".scratch"
@@ -148,7 +150,7 @@ def export(
 
         def write(base: str | None, type: str, place: Path, step: Progress) -> Path:
             place.mkdir(exist_ok=True)
-            return Path(module.write(described, type, place, name, step, **(options if type == kind else {}), **source(base)))
+            return Path(module.write(described, type, place, name, step, **(options if type == kind else exporter), **source(base)))
 
         progress(0.0, "running the model as trained")
         reference = model.as_trained(rows if len(bases) > 1 else checked, threads)
@@ -182,9 +184,9 @@ def export(
             full_precision=lambda: write(kept, _widest(module), scratch / "widest", lambda share, text: None),
             merged=lambda: Reference(described, source(kept).get("weights") or Checkpoint(described), None, checked, threads),
         )
-        if module.FURTHER:
-            progress(0.95, f"opening {written.name} in {', '.join(module.FURTHER)}")
-            found["further"] = verify.further(written, module.RUNTIME, module.FURTHER, checked, threads)
+        if others := [name for name in module.FURTHER if name in runtimes_of(written)]:
+            progress(0.95, f"opening {written.name} in {', '.join(others)}")
+            found["further"] = verify.further(written, module.RUNTIME, others, checked, threads)
         predicted = module.predict_bytes(described, kind, name, **options, **source(kept))
         if "importance" in module.OPTIONS:
             # None: nothing in this file would look at one
@@ -224,7 +226,7 @@ def export(
             "format": section.format,
             "type": kind,
             "tensor_types": list(section.tensor_types),
-            **{key: value for key in ("block", "activations") if (value := getattr(section, key)) is not None},
+            **{key: value for key in ("block", "activations", "exporter") if (value := getattr(section, key)) is not None},
             "name": name,
             "max_kl": limits.max_kl,
             "into": list(bases),

@@ -84,7 +84,8 @@ def runtime(name: str) -> RuntimeModule:
 def runtimes_of(path: Path) -> tuple[str, ...]:
     """Every runtime that opens `path`, the one that `runtime_of` names first."""
     first = runtime_of(path)
-    return (first, "onnxruntime-genai") if first == "onnxruntime" else (first,)
+    described = (path / "genai_config.json").is_file()  # what onnxruntime-genai wants to know; other exporters leave it out
+    return (first, "onnxruntime-genai") if first == "onnxruntime" and described else (first,)
 
 
 def runtime_of(path: Path) -> str:

@@ -1,0 +1,139 @@
+"""A second, independent way to ONNX: Hugging Face's exporter traces the model itself, onnxruntime's quantizer rounds the result.
+
+It runs in an environment of its own (`edgelora doctor --install optimum`), since it wants transformers 4, and it reads
+checkpoints as that wrote them: settings that transformers 5 moved are put back, or it would export wrong rotations
+without a word. Its graphs are the reference that the builder's are held against, and the way for architectures that
+the builder lacks; they are larger and slower, and onnxruntime-genai does not run them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgelora import environments
+from edgelora.errors import ModelError, Unsupported
+from edgelora.export.onnx_builder import environment
+from edgelora.runtime.onnx_folder import GRAPH
+
+Progress = Callable[[float, str], None]
+
+TYPES = ("fp32", "fp16", "int4")
+BLOCK = 32
+_GRAPH_BYTES = 1500  # of the graph, for every tensor of the model: it is written out node by node
+
+
+def write(model: Path, type: str, built: Path, scratch: Path, progress: Progress) -> None:
+    """Fill the folder `built` with model.onnx of the Hugging Face folder `model`.
+
+    ToolMissing when the environment is not there, Unsupported for a type that this exporter cannot write, ModelError
+    with the exporter's own last words when it fails.
+    """
+    check(type)
+    python = environments.python("optimum")
+    described = _described(model, scratch)
+    progress(0.05, "tracing the model with optimum")
+    command = [str(python), "-m", "optimum.exporters.onnx", "--model", str(described), "--task", "text-generation-with-past"]
+    done = subprocess.run(
+        [*command, "--dtype", "fp32", str(scratch / "traced")],
+        cwd=scratch,
+        env=environment(scratch),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    graph = scratch / "traced" / GRAPH
+    if done.returncode or not graph.is_file():
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise ModelError(
+            f"optimum cannot export {model.name}: {said[-1][:400] if said else 'it printed nothing'}", "export it as GGUF instead"
+        )
+    progress(0.7, f"storing it as {type}")
+    _store(graph, type, built / GRAPH)
+
+
+def check(type: str) -> None:
+    """Unsupported for a type that this exporter cannot write."""
+    if type not in TYPES:
+        raise Unsupported(f"the exporter optimum has no type {type!r}", f"its types: {', '.join(TYPES)}; the others are the builder's")
+
+
+def predict_bytes(shapes: Mapping[str, Sequence[int]], type: str) -> int:
+    """Estimate the bytes of model.onnx and its data. A head that shares the embedding's weights is written out."""
+    sizes = dict(shapes)
+    sizes.setdefault("lm_head.weight", shapes["model.embed_tokens.weight"])
+    total = len(sizes) * _GRAPH_BYTES
+    for shape in sizes.values():
+        if type == "int4" and len(shape) == 2:
+            total += shape[0] * math.ceil(shape[1] / BLOCK) * (BLOCK // 2 + 4)
+        else:
+            total += math.prod(shape) * (2 if type == "fp16" else 4)
+    return total
+
+
+def _store(traced: Path, type: str, target: Path) -> None:
+    import onnx
+
+    graph = onnx.load(traced)
+    if type == "int4":
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        quantizer = MatMulNBitsQuantizer(
+            graph, block_size=BLOCK, is_symmetric=True, accuracy_level=4, op_types_to_quantize=("MatMul", "Gather")
+        )
+        quantizer.process()
+        graph = quantizer.model.model
+    elif type == "fp16":
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        graph = convert_float_to_float16(graph, keep_io_types=True)
+    for part in (graph, graph.graph, *graph.graph.node):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    data = f"{GRAPH}.data"
+    onnx.save(graph, target, save_as_external_data=True, all_tensors_to_one_file=True, location=data, size_threshold=1024)
+
+
+def _described(model: Path, scratch: Path) -> Path:
+    """A folder of links to the model's files, with the settings where transformers 4 looks for them."""
+    folder = scratch / "described"
+    folder.mkdir()
+    for path in model.iterdir():
+        if path.is_file():
+            (folder / path.name).symlink_to(path.resolve())
+    for name, change in (("config.json", _config), ("tokenizer_config.json", _tokenizer)):
+        if (folder / name).exists():
+            (folder / name).unlink()
+            values = json.loads((model / name).read_text(encoding="utf-8"))
+            (folder / name).write_text(json.dumps(change(values)), encoding="utf-8")
+    return folder
+
+
+def _config(values: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5's `rope_parameters` and `dtype` as transformers 4 calls them: rope_theta, rope_scaling, torch_dtype."""
+    found = {key: value for key, value in values.items() if key not in ("rope_parameters", "dtype")}
+    rope = dict(values.get("rope_parameters") or {})
+    if "full_attention" in rope:
+        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = rope | {"type": rope["rope_type"]}
+        if values.get("model_type") == "phi3":  # which knows three keys and no others
+            found["rope_scaling"] = {"type": rope["rope_type"], **{key: rope[key] for key in ("short_factor", "long_factor")}}
+    if "dtype" in values:
+        found["torch_dtype"] = "float32"
+    return found
+
+
+def _tokenizer(values: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5's TokenizersBackend is unknown to 4, which then leaves the tokenizer out and ends with 0."""
+    return values | {"tokenizer_class": "PreTrainedTokenizerFast"}
