@@ -184,7 +184,7 @@ def predict_bytes(
     beside = sum((model / n).stat().st_size for n in names if (model / n).is_file())
     if exporter == "optimum":
         _refuse_builders_settings(block, activations)
-        onnx_optimum.check(type)
+        onnx_optimum.check(type, config)
         return onnx_optimum.predict_bytes(shapes, type) + beside
     _builder_options(type, config, shapes, block, activations)
     layers, block = _layers(config), _block(type, shapes, block)

@@ -30,10 +30,10 @@ _GRAPH_BYTES = 1500  # of the graph, for every tensor of the model: it is writte
 def write(model: Path, type: str, built: Path, scratch: Path, progress: Progress) -> None:
     """Fill the folder `built` with model.onnx of the Hugging Face folder `model`.
 
-    ToolMissing when the environment is not there, Unsupported for a type that this exporter cannot write, ModelError
-    with the exporter's own last words when it fails.
+    ToolMissing when the environment is not there, Unsupported for what this exporter cannot write, ModelError with the
+    exporter's own last words when it fails.
     """
-    check(type)
+    check(type, json.loads((model / "config.json").read_text(encoding="utf-8")))
     python = environments.python("optimum")
     described = _described(model, scratch)
     progress(0.05, "tracing the model with optimum")
@@ -57,10 +57,12 @@ def write(model: Path, type: str, built: Path, scratch: Path, progress: Progress
     _store(graph, type, built / GRAPH)
 
 
-def check(type: str) -> None:
-    """Unsupported for a type that this exporter cannot write."""
+def check(type: str, config: Mapping[str, Any]) -> None:
+    """Unsupported for a type that this exporter cannot write, and for a rotation that a trace cannot hold."""
     if type not in TYPES:
         raise Unsupported(f"the exporter optimum has no type {type!r}", f"its types: {', '.join(TYPES)}; the others are the builder's")
+    if (config.get("rope_parameters") or {}).get("rope_type") in ("longrope", "dynamic"):
+        raise Unsupported("optimum traces a model at one length, and this one's rotation depends on the length", "leave the exporter out")
 
 
 def predict_bytes(shapes: Mapping[str, Sequence[int]], type: str) -> int:

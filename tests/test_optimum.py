@@ -1,0 +1,121 @@
+"""The second ONNX exporter: settings put back where transformers 4 looks, and graphs equal to the builder's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgelora import environments
+from edgelora.errors import ToolMissing, Unsupported, UsageError
+from edgelora.export import onnx as onnx_export
+from edgelora.export import onnx_optimum
+from edgelora.runtime import onnx_runtime, runtimes_of
+from tests.line import edgelora
+from tests.test_onnx_export import IDS, calmed, kl, quiet
+from tests.tiny_models import ARCHITECTURES, tiny_model
+
+there = pytest.mark.skipif(not environments.installed("optimum"), reason="make the environment with edgelora doctor --install optimum")
+
+
+@there
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_both_exporters_agree(arch: str, tmp_path: Path) -> None:
+    """Two ways that share no code: every log-probability within a thousandth of their spread."""
+    model = calmed(tiny_model(arch, tmp_path / arch))
+    scores = {}
+    for exporter in onnx_export.EXPORTERS:
+        place = tmp_path / exporter
+        place.mkdir()
+        folder = onnx_export.write(model, "fp32", place, arch, quiet, exporter=exporter)
+        with onnx_runtime.open(folder, threads=1) as session:
+            scores[exporter] = session.score(IDS)
+    assert np.abs(scores["builder"] - scores["optimum"]).max() < 1e-3 * scores["builder"].std()
+
+
+@there
+@pytest.mark.slow
+@pytest.mark.parametrize(("type", "most"), [("int4", 0.3), ("fp16", 1e-4)])
+def test_smaller_types(type: str, most: float, tmp_path: Path) -> None:
+    model = calmed(tiny_model("qwen2", tmp_path / "qwen2"))
+    folders = [onnx_export.write(model, kind, tmp_path, "x", quiet, exporter="optimum") for kind in ("fp32", type)]
+    assert runtimes_of(folders[1]) == ("onnxruntime",)
+    scores = []
+    for folder in folders:
+        with onnx_runtime.open(folder, threads=1) as session:
+            scores.append(session.score(IDS))
+            assert np.array_equal(session.score(IDS, first=150), scores[-1][150:])
+            greedy = list(session.generate(IDS[:20], 6, ()))
+            assert greedy[0] == scores[-1][19].argmax()
+            first, second = session.score_answers(IDS[:20], [IDS[20:23], IDS[30:32]])
+            expected = session.score(IDS[:23])[19:22]
+            np.testing.assert_allclose(first, expected[np.arange(3), IDS[20:23]], atol=2e-2)
+            assert second.shape == (2,)
+    assert kl(*scores) < most
+    size = sum(path.stat().st_size for path in folders[1].iterdir())
+    assert onnx_export.predict_bytes(model, type, exporter="optimum") == pytest.approx(size, rel=0.3)
+
+
+def test_settings_go_back_where_transformers_4_looks() -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    found = onnx_optimum._config({"model_type": "llama", "dtype": "bfloat16", "rope_parameters": rope})
+    assert found == {
+        "model_type": "llama",
+        "torch_dtype": "float32",
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", "type": "llama3", "factor": 8.0},
+    }
+    both = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    assert onnx_optimum._config({"rope_parameters": both}) == {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    assert onnx_optimum._tokenizer({"tokenizer_class": "TokenizersBackend"}) == {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def test_what_it_cannot_write(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "llama")
+    with pytest.raises(Unsupported, match="the exporter optimum has no type 'int8'"):
+        onnx_export.predict_bytes(model, "int8", exporter="optimum")
+    with pytest.raises(Unsupported, match="the ONNX builder writes no fp16"):
+        onnx_export.predict_bytes(model, "fp16")
+    with pytest.raises(UsageError, match="settings of the builder"):
+        onnx_export.write(model, "int4", tmp_path, "x", quiet, block=32, exporter="optimum")
+    with pytest.raises(Unsupported, match="traces a model at one length"):
+        onnx_optimum.check("fp32", {"rope_parameters": {"rope_type": "longrope"}})
+
+
+def test_without_the_environment_the_command_that_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "nothing"))
+    model = tiny_model("llama", tmp_path / "llama")
+    done = edgelora("export", model, "--format", "onnx", "--type", "fp32", "--exporter", "optimum", cwd=tmp_path)
+    assert (done.code, done.out) == (3, "")
+    assert done.err == "error: the environment 'optimum' is not installed\nedgelora doctor --install optimum\n"
+
+
+def test_an_environment_is_made_once_and_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an installer that only writes down what it was asked for."""
+    asked: list[Any] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert not environments.installed("optimum")
+    with pytest.raises(ToolMissing):
+        environments.python("optimum")
+    place = environments.install("optimum", quiet)
+    assert place == tmp_path / "edgelora" / "optimum"
+    assert all("==" in word for command in asked[1:] for word in command[command.index("--disable-pip-version-check") + 1 :])
+    environments.install("optimum", quiet)
+    assert len(asked) == 3
+    assert environments.python("optimum") == place / "bin" / "python"
+    stamp = place / "edgelora.json"
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"packages": [["torch==2.0.0"]]}))
+    assert not environments.installed("optimum")  # another edgelora made it
+    with pytest.raises(UsageError, match="there is no environment 'optimun'"):
+        environments.install("optimun", quiet)
