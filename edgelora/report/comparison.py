@@ -122,7 +122,11 @@ def tables_of(doc: Row) -> list[tuple[str, Table]]:
     kinds: dict[str, list[Row]] = {}
     for row in rows(doc, "rows"):
         kinds.setdefault(kind_of(row), []).append(row)
-    return [("Runs", listed)] + [(kind, tabulate(joined, columns)) for kind, joined in kinds.items()]
+    return [("Runs", listed)] + [(_title(kind), tabulate(joined, columns)) for kind, joined in kinds.items()]
+
+
+def _title(kind: str) -> str:
+    return kind.capitalize() if kind == SHIPPED else kind
 
 
 def kind_of(row: Row) -> str:

@@ -19,7 +19,7 @@ from edgelora.report.style import CSS
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{hash}'; img-src data:; base-uri 'none'; form-action 'none'"
 _LONG_ANSWER, _ANSWER_START = 900, 600  # characters; the rest is folded away
 _PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]*")
-_STACKED = re.compile(r"([^(\[]+) ([(\[].*[)\]])")
+_STACKED = re.compile(r"([^(\[]+) (\[[^\]]*\])? ?(\(.*\))?")  # a figure, its interval, and what is said of it
 
 
 def to_html(doc: Mapping[str, Any]) -> str:
@@ -254,7 +254,7 @@ def _list(lines: Sequence[str]) -> Markup:
 
 
 def _table(table: tables.Table) -> Markup:
-    """A table in a box of its own that scrolls sideways; what stands in brackets goes on a line below its figure."""
+    """A table in a box of its own that scrolls sideways; what stands in brackets goes on lines below its figure."""
     if not table:
         return NOTHING
     align = ["right" if right else None for right in table.numeric]
@@ -274,8 +274,9 @@ def _cell(cell: str, align: str | None, key: float | None) -> Markup:
     if verdict:
         return tag("td", cell, class_=verdict)
     stacked = _STACKED.fullmatch(cell) if align else None
-    if stacked:
-        return tag("td", stacked[1], tag("span", stacked[2], class_="below"), class_=align, data_by=key)
+    if stacked and (stacked[2] or stacked[3]):
+        below = [tag("span", words, class_="below") for words in stacked.groups()[1:] if words]
+        return tag("td", stacked[1], *below, class_=align, data_by=key)
     return tag("td", *breakable(cell), class_=align or ("long" if len(cell) > 48 else None), lang=language(cell), data_by=key)
 
 

@@ -161,10 +161,11 @@ i.ref, i.s0, i.s1, i.s2, i.s3, i.s4, i.s5 { color: var(--c); }
   figure { padding: 13px 14px 15px; }
   th, td { padding: 8px 11px; }
   .pairs th { white-space: normal; width: 38%; padding-right: 12px; }
-  .sortable tbody td.long { min-width: 18em; }
+  .sortable tbody td.long:not(:first-child) { min-width: 18em; }
   .sortable { border-collapse: separate; border-spacing: 0; }
   .sortable tr > :first-child { position: sticky; left: 0; background: var(--card) padding-box; box-shadow: 1px 0 var(--line); }
   td:not(.right, .good, .bad, .unsure) { white-space: normal; overflow-wrap: anywhere; min-width: 7.5em; }
+  .sortable td:first-child { min-width: 8.5em; max-width: 8.5em; }
 }
 @media print {
   :root { color-scheme: light; --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --track: #eee; --shade: #0000;
