@@ -5,9 +5,11 @@
 Writes the base as Q5_K_M and as ONNX int4-mixed, then measures them in turns, round by round: edgelora's bench process, and
 beside it a process that knows nothing of edgelora's sessions: llama-cpp-python's own `Llama.generate`, a plain onnxruntime
 session with its key-value cache bound in place, onnxruntime-genai's own generator. The same prompt ids, threads, thread
-settings and flash attention; the first round of each is thrown away. Compared are a round's medians, of the decoded tokens
+settings and flash attention. A round opens the file anew: where its weights come to lie makes one session up to a tenth
+faster than the next, so many short rounds tell more than a few long ones; the first of each is thrown away. Compared are a round's medians, of the decoded tokens
 and of the time to the first token, with those of the round beside it; the median over the rounds is at most 3 % apart. The
-fastest tenth of all samples, which holds least of what other programs add, is given besides. Takes about five minutes.
+fastest tenth of all samples, which holds least of what other programs add, is given besides, and so is the CPU time of all
+threads. Takes about seven minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT, DECODE = 160, 32  # a prompt longer than what edgelora hands to ONNX Runtime at once
-TIMES = 3  # that each round reads and continues it
+MEASURES = ("ttft", "decode", "ttft CPU", "decode CPU")  # milliseconds; CPU: of all threads, which other programs do not lengthen
 
 
 def by_hand_llama(path: str, threads: int) -> Callable[[list[int]], Iterator[int]]:
@@ -103,17 +105,19 @@ def hand(runtime: str, path: str, threads: int) -> None:
         ids = json.loads(line)
         generate = BY_HAND[runtime](path, threads)
         deque(islice(generate(ids), 2), maxlen=0)
-        found: dict[str, list[float]] = {"ttft": [], "decode": []}
-        for _ in range(TIMES):
-            started = time.perf_counter()
-            tokens = generate(ids)
+        started, cpu_started = time.perf_counter(), time.process_time()
+        tokens = generate(ids)
+        next(tokens)
+        times, cpu = [time.perf_counter()], time.process_time()
+        for _ in range(DECODE):
             next(tokens)
-            times = [time.perf_counter()]
-            for _ in range(DECODE):
-                next(tokens)
-                times.append(time.perf_counter())
-            found["ttft"].append(1000 * (times[0] - started))
-            found["decode"] += [1000 * (b - a) for a, b in pairwise(times)]
+            times.append(time.perf_counter())
+        found = {
+            "ttft": [1000 * (times[0] - started)],
+            "decode": [1000 * (b - a) for a, b in pairwise(times)],
+            "ttft CPU": [1000 * (cpu - cpu_started)],
+            "decode CPU": [1000 * (time.process_time() - cpu) / DECODE],
+        }
         del generate, tokens
         print(json.dumps(found), flush=True)
 
@@ -122,15 +126,20 @@ def compare(path: Path, runtime: str, threads: int, rounds: int, ids: list[int])
     from edgelora.bench.child import measuring
 
     command = [sys.executable, __file__, "--hand", runtime, str(path), str(threads)]
-    request = {"file": str(path), "runtime": runtime, "threads": threads, "prompt_tokens": [PROMPT] * TIMES, "decode_tokens": DECODE}
-    samples: dict[str, dict[str, list[list[float]]]] = {who: {"ttft": [], "decode": []} for who in ("edgelora", "by_hand")}
+    request = {"file": str(path), "runtime": runtime, "threads": threads, "prompt_tokens": [PROMPT], "decode_tokens": DECODE}
+    samples: dict[str, dict[str, list[list[float]]]] = {who: {name: [] for name in MEASURES} for who in ("edgelora", "by_hand")}
     with measuring(path.name) as child, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
 
         def ours() -> dict[str, list[float]]:
-            timings = child.round(request).timings
-            return {"ttft": [t.ttft_ms for t in timings], "decode": [ms for t in timings for ms in t.decode_ms]}
+            timing = child.round(request).timings[0]
+            return {
+                "ttft": [timing.ttft_ms],
+                "decode": list(timing.decode_ms),
+                "ttft CPU": [1000 * timing.prefill_cpu_s],
+                "decode CPU": [1000 * timing.decode_cpu_s / DECODE],
+            }
 
         def theirs() -> dict[str, list[float]]:
             assert process.stdin
@@ -148,14 +157,14 @@ def compare(path: Path, runtime: str, threads: int, rounds: int, ids: list[int])
                     samples[who][name].append(values)
         process.stdin.close()
     found: dict[str, Any] = {"runtime": runtime, "file": path.name, "threads": threads}
-    for name in ("ttft", "decode"):
+    for name in MEASURES:
         ours_ms, hand_ms = samples["edgelora"][name], samples["by_hand"][name]
         a, b = (statistics.median(ms for one in each for ms in one) for each in (ours_ms, hand_ms))
         apart = statistics.median(statistics.median(x) / statistics.median(y) - 1 for x, y in zip(ours_ms, hand_ms, strict=True))
         fast = fastest(ours_ms) / fastest(hand_ms) - 1
         found[name] = {"edgelora_ms": a, "by_hand_ms": b, "apart": apart, "fastest_tenth_apart": fast}
         words = f"{a:8.2f} ms, by hand {b:8.2f} ms, round by round {apart:+.1%}; fastest tenth {fast:+.1%}"
-        print(f"{runtime:18} {threads} threads  {name:6}  {words}", flush=True)
+        print(f"{runtime:18} {threads} threads  {name:10}  {words}", flush=True)
     return {**found, "samples_ms": samples}
 
 
@@ -174,7 +183,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--runtime", choices=list(BY_HAND), action="append", help="of these alone")
+    parser.add_argument("--threads", type=int, action="append", help="with so many alone")
     parser.add_argument("--made", type=Path, help="keep the two files here, and take them from here the next time")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -190,14 +201,11 @@ def main() -> None:
 
         ids = rounds.prompt(vocabulary, PROMPT)  # type: ignore[arg-type]
         vocabulary.close()
-        both = (1, machine.cores()) if machine.cores() > 1 else (1,)
-        found = [
-            compare(path, runtime, threads, options.rounds, ids)
-            for threads in both
-            for path, runtime in ((file, "llama.cpp"), (graph, "onnxruntime"), (graph, "onnxruntime-genai"))
-        ]
+        threads = options.threads or sorted({1, machine.cores()})
+        files = {"llama.cpp": file, "onnxruntime": graph, "onnxruntime-genai": graph}
+        found = [compare(files[name], name, n, options.rounds, ids) for n in threads for name in options.runtime or BY_HAND]
     headline = [
-        [f"{r['runtime']}, {r['threads']} threads, against by hand", ", ".join(f"{k} {r[k]['apart']:+.1%}" for k in ("ttft", "decode"))]
+        [f"{r['runtime']}, {r['threads']} threads, against by hand", ", ".join(f"{k} {r[k]['apart']:+.1%}" for k in MEASURES)]
         for r in found
     ]
     command = "python bench/by_hand.py --base " + models.shown(options.base)
