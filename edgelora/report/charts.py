@@ -220,7 +220,7 @@ def _bench_labels(doc: Doc, rows: Sequence[Doc]) -> list[str]:
     labels = []
     for row in rows:
         file, prompt, threads = row.get("file"), row.get("prompt_tokens"), row.get("threads")
-        runtime = row.get("runtime") if runtimes[file] > 1 else None
+        runtime = fronts.short_runtime(row.get("runtime")) if runtimes[file] > 1 else None
         length = f"{prompt} tokens" if differs["prompt_tokens"] and f.known(prompt) else None
         workers = f"{threads} thread{'' if threads == 1 else 's'}" if differs["threads"] and f.known(threads) else None
         labels.append(_listed(names.get(file, file), runtime, length, workers))

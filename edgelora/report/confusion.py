@@ -12,7 +12,7 @@ from edgelora.report.markup import NOTHING, Markup, tag
 _MOST_MISTAKES = 15
 _MOST_LABELS = 200  # of a drawing; more cannot be told apart
 _NAMED = 20  # labels at most whose names stand beside the rows
-_NAMES_WIDTH = 110.0
+_NAMES_WIDTH = 124.0
 
 
 def mistakes(doc: Mapping[str, Any]) -> tables.Table:
@@ -48,7 +48,9 @@ def drawing(doc: Mapping[str, Any]) -> Markup:
     for i, row in enumerate(counts):
         total = sum(row)
         if left:
-            marks.append(tag("text", _cut(labels[i]), x=left - 6, y=round(side * (i + 0.5) + 4, 1), text_anchor="end"))
+            marks.append(
+                tag("text", plot.shortened(labels[i], left - 8, 12), x=left - 6, y=round(side * (i + 0.5) + 4, 1), class_="small end")
+            )
         for j, count in enumerate(row):
             if count:
                 title = tag(
@@ -75,7 +77,3 @@ def _shipped(doc: Mapping[str, Any]) -> Mapping[str, Any]:
     if not rows_whole or not all(isinstance(label, str) for label in labels):
         return {}
     return matrix
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= 16 else name[:15] + "…"

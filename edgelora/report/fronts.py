@@ -117,10 +117,15 @@ def speed_quality(doc: Doc, series: Mapping[Any, str], names: Mapping[Any, str])
     for row in rows:
         file, speed = row.get("file"), row["decode_tok_per_s"]
         differs = [key for key in ways if row.get(key) and ways[key][file] > 1]
-        words = [f"{row[key]} thread{'' if row[key] == 1 else 's'}" if key == "threads" else str(row[key]) for key in differs]
+        words = [f"{row[key]} thread{'' if row[key] == 1 else 's'}" if key == "threads" else short_runtime(row[key]) for key in differs]
         label = ", ".join([str(names.get(file, file)), *words])
         points.append(_point(file, label, speed, known[file], series[file], f"{f.number(speed)} tok/s", measure))
     return figure("Quality against speed", _judged(doc, points), f"decode after {f.count(length)} prompt tokens, tok/s", measure, True)
+
+
+def short_runtime(name: Any) -> str:
+    """'genai' for onnxruntime-genai: beside onnxruntime, where room is short."""
+    return str(name or "").removeprefix("onnxruntime-")
 
 
 def _point(file: Any, label: str, x: float, quality: Quality, series: str, shown: str, measure: str) -> plot.Point:

@@ -295,7 +295,7 @@ def _placed(p: Point, px: float, py: float, away: int, taken: list[_Box], frame:
 
     A label that is not beside its point gets a leader, which keeps clear of others too, or it would seem to end there.
     """
-    label = shortened(p.label, 150, 12)
+    label = shortened(p.label, 165, 12)
     wide = text_width(label, 12)
     others = [t for t in taken if not (t[0] < px < t[2] and t[1] < py < t[3])]
     for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
