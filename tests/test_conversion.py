@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgelora import models
 from edgelora.export import gguf as export
 from tests.gguf_files import rewritten
 from tests.line import ROOT
@@ -148,3 +149,8 @@ def test_tensors_and_keys_are_those_of_llama_cpps_converter(arch: str, llama_cpp
     for key in (key for key in keys if not key.startswith("GGUF.")):
         assert (key, ours.fields[key].contents()) == (key, theirs.fields[key].contents())
         assert ours.fields[key].types == theirs.fields[key].types
+    if "tokenizer.ggml.tokens" in keys:  # without one it is no base
+        (tmp_path / "again").mkdir()
+        base = models.open_base(str(tmp_path / "theirs.gguf"), Path(), tmp_path / "out")
+        again = gguf.GGUFReader(export.write(base.folder, "f16", tmp_path / "again", "tiny", quiet))
+        assert {t.name: (t.tensor_type, t.data.tobytes()) for t in again.tensors} == wanted
