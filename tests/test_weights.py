@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from edgelora import machine, weights
+from edgelora import weights
 from edgelora.errors import ModelError
 from edgelora.export import gguf
 from edgelora.train import load
@@ -86,8 +86,7 @@ def test_the_number_of_threads_changes_no_byte(tmp_path: Path, monkeypatch: pyte
     base = tiny_model("llama", tmp_path / "base")
     written = []
     for threads in (1, 3):
-        monkeypatch.setattr(machine, "cores", lambda threads=threads: threads)
-        written.append(gguf.write(base, "q4_0", tmp_path, "tiny", lambda share, name: None).read_bytes())
+        written.append(gguf.write(base, "q4_0", tmp_path, "tiny", lambda share, name: None, threads=threads).read_bytes())
     assert written[0] == written[1]
 
 

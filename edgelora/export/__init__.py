@@ -5,7 +5,7 @@
     RUNTIME: str                            # the entry of edgelora.runtime.RUNTIMES that its users will run it with
     FURTHER: tuple[str, ...]                # others of them that must answer alike
     REQUIRES: tuple[str, ...]               # importable modules it needs
-    MERGES: bool                            # whether predict_bytes and write take `weights`: an adapter is added on the way
+    MERGES: bool                            # whether an adapter is added on the way: predict_bytes and write take `weights`, write `threads`
     APART: bool                             # whether the adapter stays a file of its own, beside a base that others share
     OPTIONS: frozenset[str]                 # further keys of recipe.Export that predict_bytes and write take
     CALIBRATION: str                        # with "importance" among OPTIONS: the stage that measures it, "importance" or "moments",

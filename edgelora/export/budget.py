@@ -140,10 +140,10 @@ def export(
         def write(rounding: str, chosen: Plan, step: Progress) -> Path:
             place = scratch / rounding
             place.mkdir(exist_ok=True)
-            return _write(described, name, model.merged(base), moments, chosen, _ROUNDINGS[rounding], place, step)
+            return _write(described, name, model.merged(base), moments, chosen, _ROUNDINGS[rounding], place, step, threads)
 
         def widest() -> Path:
-            return gguf.write(described, "f16", scratch, "widest", lambda share, text: None, weights=model.merged(base))
+            return gguf.write(described, "f16", scratch, "widest", lambda share, text: None, weights=model.merged(base), threads=threads)
 
         menus_ = menus(known)
         if plan:
@@ -246,7 +246,15 @@ def _planned(menu: Menu, section: recipes.Export) -> Plan:
 
 
 def _write(
-    described: Path, name: str, weights: Checkpoint, moments: curvature.Moments, plan: Plan, compensated: bool, place: Path, step: Progress
+    described: Path,
+    name: str,
+    weights: Checkpoint,
+    moments: curvature.Moments,
+    plan: Plan,
+    compensated: bool,
+    place: Path,
+    step: Progress,
+    threads: int,
 ) -> Path:
     """The file of a plan; ModelError when the plan is one of another model."""
     _, matrices = gguf.matrices(described, name, weights)
@@ -257,7 +265,7 @@ def _write(
         raise ModelError(f"the plan holds the unknown type {unknown!r}", "make a plan with --max-size")
     kind, importance, tensor_types = _types(plan, matrices, moments.importance())
     rounding = compensate.Rounding(moments, compensated, _SHRINK)
-    written = gguf.write(described, kind, place, name, step, importance, tensor_types, weights, rounding)
+    written = gguf.write(described, kind, place, name, step, importance, tensor_types, weights, rounding, threads)
     return written.rename(place / _file_name(name))
 
 

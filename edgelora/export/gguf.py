@@ -149,6 +149,7 @@ def write(
     tensor_types: Sequence[str] = (),
     weights: Checkpoint | None = None,
     rounding: Rounding | None = None,
+    threads: int = 0,
 ) -> Path:
     """Write ``folder/name-type.gguf`` from the Hugging Face folder `model` and return its path.
 
@@ -157,8 +158,8 @@ def write(
 
     `importance`: GGUF tensor name -> float32, shape (columns,), the mean square of each column's input; with it the
     quantizers weigh errors as llama.cpp does with an importance matrix. `tensor_types`: "PATTERN=TYPE", see
-    `gguf_types.overrides`. `rounding`: how matrices are rounded, if not by ggml with `importance`. `progress(share, tensor
-    name)` is called as tensors are written.
+    `gguf_types.overrides`. `rounding`: how matrices are rounded, if not by ggml with `importance`. `threads` merge and
+    quantize (0: as many as there are cores). `progress(share, tensor name)` is called as tensors are written.
 
     Raises ModelError, naming the culprit, for a model that is damaged or that llama.cpp cannot run, and for a type that
     is noise without an importance matrix when there is none. No half file is left under the final name.
@@ -170,7 +171,7 @@ def write(
     total = sum(tensor.bytes for tensor in layout.tensors)
     done = 0
     try:
-        with partial.open("wb") as stream, ThreadPoolExecutor(machine.cores()) as pool:
+        with partial.open("wb") as stream, ThreadPoolExecutor(threads or machine.cores()) as pool:
             stream.write(layout.header)
             stream.write(bytes(layout.data_start - len(layout.header)))
             for tensor in layout.tensors:

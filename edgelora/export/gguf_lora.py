@@ -61,6 +61,7 @@ def write(
     importance: Importance | None = None,
     tensor_types: Sequence[str] = (),
     weights: Checkpoint | None = None,
+    threads: int = 0,
 ) -> Path:
     """Write ``folder/name-lora.gguf`` and, of the given `type`, the base that it goes with: ``folder/name-base-type.gguf``.
 
@@ -71,7 +72,7 @@ def write(
         raise UsageError("gguf-lora is a base and an adapter beside it", "name a base as MODEL and its adapter with --adapter")
     pairs = _pairs(model, weights)
     base = Base(weights.folder, weights.held, weights.arithmetic)
-    gguf.write(model, type, folder, f"{name}-base", progress, importance, tensor_types, base)
+    gguf.write(model, type, folder, f"{name}-base", progress, importance, tensor_types, base, threads=threads)
     tensors = list(_tensors(pairs))
     path = folder / f"{name}-lora.gguf"
     partial = path.with_name(f".{path.name}.partial")

@@ -145,12 +145,15 @@ def export(
         told = dataclasses.replace(model, system=None) if module.APART else model  # a shared base says nothing of one adapter
         described = model.folder or told.describe(scratch)
 
+        streamed = {"threads": threads} if module.MERGES else {}
+
         def source(base: str | None) -> dict[str, Any]:
             return {} if base is None else {"weights": model.merged(base)}
 
         def write(base: str | None, type: str, place: Path, step: Progress) -> Path:
             place.mkdir(exist_ok=True)
-            return Path(module.write(described, type, place, name, step, **(options if type == kind else exporter), **source(base)))
+            settings = options if type == kind else exporter
+            return Path(module.write(described, type, place, name, step, **settings, **streamed, **source(base)))
 
         progress(0.0, "running the model as trained")
         reference = model.as_trained(rows if len(bases) > 1 else checked, threads)
