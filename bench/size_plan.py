@@ -1,21 +1,30 @@
-"""Size plans against every stock recipe of llama.cpp and against uniform types, by KL and loss on rows that nobody saw.
+"""Size plans against every stock recipe of llama.cpp and against uniform types, on rows that nobody saw.
 
-    python bench/size_plan.py CARRY WORK OUT.json [--task medquad] [--model smollm2]
+    python bench/size_plan.py CARRY WORK OUT [--model smollm2] [--task medquad ...] [--seconds 300]
 
-CARRY and WORK are the folders of bench/reference_models.py. Weights are rounded by ggml (or with compensation on ggml's grids), read
-back by ggml and run by torch in float32: what is compared is the rounding, on one implementation for all. Sizes are those
-of the files to the byte. Importance and curvature come from training rows, plans are chosen by prediction alone, and figures
-are of the `sealed` tenth of the rows. Wants a GPU; libggml-base alone of llama.cpp.
+CARRY and WORK are the folders of bench/reference_models.py, CARRY with the base's tokenizer in it. Everything is first run by torch
+in float32 on the bytes that ggml packed, so that all roundings are judged on one implementation; then the plan, the best
+stock recipe and the best control of every budget are written as GGUF files and run in llama.cpp.
+
+stock      every file type of llama.cpp x {as it is, one type for all} x {its own, any embedding and output type} x
+           {with, without importance matrix}; one counts at a budget up to 3 % above it
+control    every type for the whole body x every type for embedding and output, with the same importance matrix
+plan       rounded to nearest or with compensation, whichever has the lower KL on `valid` rows
+
+Importance and curvature come from training rows; figures are of `sealed` rows. Gain kept: (loss of the untuned model in the same types
+- loss of the file) / (loss of the untuned - loss of the tuned, both in 16 bits). Intervals: paired bootstrap over rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import multiprocessing
+import json
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,134 +32,314 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.reference_models import HELD_OUT, task_rows
-from edgelora import evaluate
+from bench.size_lab import Files, How, Job, Lab, Pool, curve, imatrix, in_llama_cpp, keep, keep_curvature, round_one
+from edgelora import evaluate, machine
 from edgelora.data.chat import Encoded
-from edgelora.export import architectures
-from edgelora.quant import compensate, curvature, ggml, gguf_types, sensitivity
-from edgelora.quant.ggml import Type
+from edgelora.quant import gguf_types, sensitivity
+from edgelora.quant.curvature import EMBEDDING
+from edgelora.quant.ggml import Type, block_size
 from edgelora.quant.size_plan import Menu, Option
-from edgelora.weights import Checkpoint, Merged
 
 MB = 10**6
-BUDGETS = range(75, 121, 5)
-EMBEDDINGS = (Type.Q4_0, Type.IQ4_NL, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0)
-CALIBRATION, SEALED = 64, 80  # rows
-SHRINK = (0.01, 0.05, 0.2)
+STEP = 5  # MB between budgets
+ROOM = 1.03  # a rival may be this much larger
+ROWS = {"medquad": 120, "banking77": 400}  # sealed rows, half as many `valid` ones
+IN_LLAMA_CPP = 0.34  # share of the sealed rows that llama.cpp is asked for too
+PLAIN, IMATRIX = How("plain", "none"), How("imatrix", "imatrix")
+NEAREST = How("nearest", "moments", "64")
+PLANS = (NEAREST, How("compensated", "moments", "64", 0.2))
+# Only to know: more training rows, and other shares of shrinkage.
+VARIANTS = (How("compensated 256 rows", "moments", "256", 0.2), How("compensated shrunk more", "moments", "64", 0.4))
+CURVATURES = {"64": 64, "256": 256}  # training rows
+SLOW = {
+    Type.IQ1_S,
+    Type.IQ1_M,
+    Type.IQ2_XXS,
+    Type.IQ2_XS,
+    Type.IQ2_S,
+}  # quantizers that need minutes a matrix; where rows fit them they are left out
 
-STATE: dict[str, Any] = {}  # what worker processes inherit
 
+@dataclass
+class File:
+    """A file that could be made, and what was measured of it on the sealed rows."""
 
-class Lab:
-    """The model in GGUF's order, rounded in any way and run."""
+    name: str
+    kind: str  # stock, control, plan or variant
+    types: Mapping[str, Type]
+    how: How
+    size: int
+    predicted: float = 0.0
+    found: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def __init__(self, carry: Path, work: Path, model: str, task: str, device: str) -> None:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+    @property
+    def kl(self) -> float:
+        return float(self.found["nats"].sum() / self.found["tokens"].sum())
 
-        torch.backends.cuda.matmul.allow_tf32 = False
-        folder = work / model
-        self.weights = Merged(folder, work / task, "16bit") if model == "smollm2" else Checkpoint(folder)
-        self.config = AutoConfig.from_pretrained(folder)
-        self.sources = {
-            name: source
-            for name, source in architectures.of(self.config.model_type).tensors(self.config).items()
-            if source.name in self.weights.shapes
-        }
-        self.shapes = {name: self.weights.shapes[source.name] for name, source in self.sources.items()}
-        self.matrices = [name for name, shape in self.shapes.items() if len(shape) == 2]
-        self.values = {name: self._in_file(name) for name in self.matrices}
-        self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).to(device).eval()
-        state = {s.name: torch.from_numpy(self.weights.rows(s.name).reshape(self.weights.shapes[s.name])) for s in self.sources.values()}
-        self.model.load_state_dict(state, strict=False)
-        self.model.tie_weights()
-        self.device = device
-        rows = [Encoded(tuple(map(int, ids)), tuple(map(bool, trained))) for ids, trained in task_rows(np.load(carry / "tokens.npz"), task)]
-        seen = [row for i, row in enumerate(rows) if i % HELD_OUT > 1]
-        self.calibration = seen[:: max(1, len(seen) // CALIBRATION)][:CALIBRATION]
-        sealed = rows[1::HELD_OUT]
-        self.sealed = sealed[:: max(1, len(sealed) // SEALED)][:SEALED]
-        self.reference = self.log_probs()
+    @property
+    def loss(self) -> float:
+        return float(self.found["losses"].sum() / self.found["tokens"].sum())
 
-    def _in_file(self, name: str) -> np.ndarray:
-        import torch
-
-        source = self.sources[name]
-        values = self.weights.rows(source.name)
-        return values if source.change is None else source.change.do(torch.from_numpy(values), self.config).numpy()
-
-    def log_probs(self) -> list[Any]:
-        import torch
-
-        found = []
-        with torch.no_grad():
-            for row in self.sealed:
-                scored = np.flatnonzero(row.trained) - 1
-                hidden = self.model.base_model(input_ids=torch.tensor([row.ids[:-1]], device=self.device)).last_hidden_state[0]
-                found.append(torch.log_softmax(self.model.lm_head(hidden[scored]), -1))
-        return found
-
-    def measure(self, rounded: dict[str, np.ndarray]) -> dict[str, Any]:
-        """KL and loss with the matrices replaced by `rounded`."""
-        import torch
-
-        modules = dict(self.model.named_modules())
-        kept = {}
-        for name, values in rounded.items():
-            source = self.sources[name]
-            weight = modules[source.name.removesuffix(".weight")].weight
-            kept[name] = weight.data
-            changed = torch.from_numpy(values)
-            if source.change is not None:
-                order = source.change.do(torch.arange(len(values), dtype=torch.float32)[:, None], self.config)[:, 0].long()
-                changed = torch.empty_like(changed).index_copy_(0, order, changed)
-            weight.data = changed.to(self.device)
-        nats, losses, own, agreed = [], [], [], 0
-        for row, p, q in zip(self.sealed, self.reference, self.log_probs(), strict=True):
-            nats.append(float((p.exp() * (p - q)).sum()))
-            true = torch.tensor([i for i, t in zip(row.ids, row.trained, strict=True) if t], device=self.device)[:, None]
-            losses.append(-float(q.gather(1, true).sum()))
-            own.append(-float(p.gather(1, true).sum()))
-            agreed += int((p.argmax(1) == q.argmax(1)).sum())
-        for name, data in kept.items():
-            modules[self.sources[name].name.removesuffix(".weight")].weight.data = data
-        tokens = np.array([row.n_trained for row in self.sealed])
-        low, high = evaluate.interval(np.array(nats), tokens)
+    def row(self) -> dict[str, Any]:
+        tokens = self.found["tokens"]
+        low, high = evaluate.interval(self.found["nats"], tokens)
         return {
-            "kl": sum(nats) / int(tokens.sum()), "kl_low": low, "kl_high": high, "loss": sum(losses) / int(tokens.sum()),
-            "reference_loss": sum(own) / int(tokens.sum()), "top1": agreed / int(tokens.sum()), "row_nats": nats, "row_losses": losses,
+            "name": self.name, "kind": self.kind, "size_bytes": self.size, "kl": self.kl, "kl_low": low, "kl_high": high,
+            "predicted_kl": self.predicted, "loss": self.loss, "first_choice": float(self.found["hits"].sum() / tokens.sum()),
+            "rows_right": float((self.found["hits"] == tokens).mean()),
         }  # fmt: skip
 
-    def bytes(self, types: dict[str, Type], header: int) -> int:
-        sizes = [math.prod(s[:-1]) * ggml.row_bytes(types.get(n, Type.F32), s[-1]) for n, s in self.shapes.items()]
-        return header + sum(-(-size // 32) * 32 for size in sizes)
 
+class Study:
+    """One model and task: what is compared, and how it came out."""
 
-def rounded(job: tuple[str, Type, str]) -> tuple[tuple[str, Type, str], np.ndarray | None, float]:
-    """A matrix in a type, read back, and its predicted cost. `how`: plain (no importance), imatrix, or compensated at a shrinkage."""
-    name, kind, how = job
-    lab, curve, inputs = STATE["lab"], STATE["curvature"], STATE["imatrix"]
-    values = lab.values[name]
-    if values.shape[1] % ggml.block_size(kind):
-        return job, None, 0.0
-    try:
-        if how in ("plain", "imatrix"):
-            packed = ggml.quantize(values, kind, inputs[name] if how == "imatrix" else None)
-        else:
-            packed = compensate.Rounding(curve.moments, how != "curvature", float(how) if how != "curvature" else 0.0).quantize(
-                name, values, kind
+    def __init__(self, given: argparse.Namespace, task: str, pool: Pool, place: Path, until: float) -> None:
+        self.pool, self.place, self.until, self.task = pool, place, until, task
+        self.lab = _lab(given.carry, given.work, given.model, task, given.device)
+        self.files = Files(self.lab, place)
+        rows = [
+            Encoded(tuple(map(int, ids)), tuple(map(bool, trained)))
+            for ids, trained in task_rows(np.load(given.carry / "tokens.npz"), task)
+        ]
+        self.training = [row for i, row in enumerate(rows) if i % HELD_OUT > 1]
+        self.valid = _spread(rows[::HELD_OUT], ROWS[task] // 2 // given.fewer)
+        self.sealed = _spread(rows[1::HELD_OUT], ROWS[task] // given.fewer)
+        self.counts = {name: max(2, count // given.fewer) for name, count in CURVATURES.items()}
+        self.costs: dict[Job, float] = {}
+        self.notes: dict[str, Any] = {}
+
+    def left(self) -> float:
+        return self.until - time.monotonic()
+
+    def say(self, what: str) -> None:
+        print(f"{self.left():5.0f} s left  {self.task}: {what}", flush=True)
+
+    def prepare(self) -> None:
+        """Curvature and importance of training rows, the references, and the matrices as files."""
+        began = time.monotonic()
+        found = {}
+        for name, count in self.counts.items():
+            found[name] = curve(self.lab, _spread(self.training, count))
+            keep_curvature(found[name], self.place / name)
+        head = self.lab.head
+        keep(
+            imatrix(self.lab, _spread(self.training, self.counts["64"])) | {head: np.diag(found["64"].moments(head))},
+            self.place / "imatrix",
+        )
+        for model in self.lab.checkpoints:
+            keep({name: self.lab.values(model, name) for name in self.lab.matrices}, self.place / model / "values")
+        self.references = {rows: [p for _, p, _ in self.lab.predictions(getattr(self, rows))] for rows in ("valid", "sealed")}
+        self.tuned = self.lab.measure(self.sealed, self.references["sealed"])
+        self.lab.show("base")
+        self.base = self.lab.measure(self.sealed, self.references["sealed"])
+        self.say(f"curvature of {found['64'].answers} answer tokens, {len(self.sealed)} sealed rows; {time.monotonic() - began:.0f} s")
+
+    def rivals(self) -> list[File]:
+        """Stock recipes and controls, each file once, none much larger than Q8_0."""
+        lab = self.lab
+        shape = gguf_types.Shape(
+            lab.config.num_hidden_layers, lab.config.num_attention_heads, lab.config.num_key_value_heads, lab.config.model_type
+        )
+        ends = tuple(name for name in (lab.head, EMBEDDING) if name in lab.matrices)
+        others = [kind for kind in sensitivity.CANDIDATES if all(lab.shapes[n][1] % block_size(kind) == 0 for n in ends)]
+        made: dict[tuple[Any, ...], File] = {}
+
+        def add(name: str, kind: str, types: dict[str, Type], how: How) -> None:
+            if not SLOW & set(types.values()) and all(lab.shapes[n][1] % block_size(t) == 0 for n, t in types.items()):
+                made.setdefault((how, *types.values()), File(name, kind, types, how, self.files.bytes(types)))
+
+        for name, listed in gguf_types.FILE_TYPES.items():
+            for how in (IMATRIX, PLAIN):
+                try:
+                    choices = gguf_types.plan(lab.shapes, name, shape, how is IMATRIX)
+                except Exception:
+                    continue  # no fallback for rows of this length
+                types = {n: choices[n].type for n in lab.matrices}
+                label = f"{name}{' with imatrix' if how is IMATRIX else ''}"
+                add(label, "stock", types, how)
+                pure = dict.fromkeys(lab.matrices, listed.base)
+                add(f"{label}, pure", "stock", pure, how)
+                for other in others:
+                    add(f"{label}, embedding {other.name}", "stock", types | dict.fromkeys(ends, other), how)
+                    add(f"{label}, pure, embedding {other.name}", "stock", pure | dict.fromkeys(ends, other), how)
+        for body in sensitivity.CANDIDATES:
+            for other in others:
+                add(
+                    f"all {body.name}, embedding {other.name}",
+                    "control",
+                    dict.fromkeys(lab.matrices, body) | dict.fromkeys(ends, other),
+                    IMATRIX,
+                )
+        largest = ROOM * self.files.bytes(dict.fromkeys(lab.matrices, Type.Q8_0))
+        return [file for file in made.values() if file.size <= largest]
+
+    def round(self, model: str, files: Sequence[File], menus: Sequence[How] = ()) -> None:
+        """Every matrix that the files, or plans in these ways, want."""
+        jobs = {Job(model, n, kind, file.how) for file in files for n, kind in file.types.items()}
+        jobs |= {
+            Job(model, n, kind, how) for how in menus for n in self.lab.matrices for kind in sensitivity.candidates(self.lab.shapes[n][1])
+        }
+        wanted = [job for job in jobs if not job.file(self.place).exists()]
+        wanted.sort(key=lambda job: (-np.prod(self.lab.shapes[job.matrix]), not job.how.curve, str(job)))
+        began = time.monotonic()
+        self.costs |= dict(self.pool(round_one, [(job, self.place, self.lab.head) for job in wanted], max(10.0, 0.7 * self.left())))
+        self.say(f"{len(wanted)} matrices rounded in {time.monotonic() - began:.0f} s")
+
+    def plans(self, how: How, budgets: Sequence[int], kind: str) -> list[File]:
+        options = {
+            n: tuple(
+                Option(t.name, self.files.matrices[n].bytes(t), self.costs[Job("tuned", n, t, how)])
+                for t in sensitivity.candidates(self.lab.shapes[n][1])
+                if Job("tuned", n, t, how) in self.costs
             )
-    except Exception:
-        return job, None, 0.0  # a type that wants importance
-    read = ggml.dequantize(packed, kind)
-    errors = read - values
-    cost = 0.0
-    if name == curve.head:
-        cost += curve.head_cost(values, errors)
-    if name == curvature.EMBEDDING:
-        cost += curve.lookup_cost(errors)
-    if name.startswith("blk."):
-        cost += curve.cost(name, errors)
-    return job, read, cost
+            for n in self.lab.matrices
+        }
+        menu, made = Menu(options, self.files.fixed), []
+        for budget in budgets:
+            if budget * MB >= menu.smallest().size_bytes:
+                plan = menu.plan(int(budget * MB))
+                types = {n: Type[t] for n, t in plan.types.items()}
+                made.append(File(f"{budget} MB, {how.name}", kind, types, how, plan.size_bytes, plan.kl))
+        return made
+
+    def judge(self, files: Sequence[File]) -> list[File]:
+        """Those that could be measured, on the sealed rows."""
+        done = []
+        for file in files:
+            if self.left() > 0 and self.files.load("tuned", file.types, file.how):
+                file.found = self.lab.measure(self.sealed, self.references["sealed"])
+                done.append(file)
+        self.say(f"{len(done)} of {len(files)} files judged")
+        return done
+
+    def chosen(self, plans: Sequence[File]) -> File:
+        """By KL on `valid`: the figures of the sealed rows choose nothing."""
+
+        def on_valid(file: File) -> float:
+            self.files.load("tuned", file.types, file.how)
+            return float(self.lab.measure(self.valid, self.references["valid"])["nats"].sum())
+
+        return min(plans, key=on_valid)
+
+    def kept(self, file: File) -> dict[str, float] | None:
+        """The share of the fine-tune's gain that the file keeps, with a paired interval; of the loss, and of tokens that are the first choice."""
+        if not self.files.load("base", file.types, file.how):
+            return None
+        base = self.lab.measure(self.sealed, self.references["sealed"])
+        found = {}
+        for name, sign, key in (("loss", 1, "losses"), ("first_choice", -1, "hits")):
+            gain, whole = sign * (base[key] - file.found[key]), sign * (self.base[key] - self.tuned[key])
+            low, high = evaluate.interval(gain, whole)
+            found |= {name: float(gain.sum() / whole.sum()), f"{name}_low": low, f"{name}_high": high}
+        return found
+
+
+def _lab(carry: Path, work: Path, model: str, task: str, device: str) -> Lab:
+    from edgelora.weights import Checkpoint, Merged
+
+    folder = work / model
+    for file in (carry / "tokenizer").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    base = Checkpoint(folder)
+    return Lab(folder, {"tuned": Merged(folder, work / task, "16bit"), "base": base} if model == "smollm2" else {"tuned": base}, device)
+
+
+def _spread(rows: Sequence[Encoded], most: int) -> list[Encoded]:
+    return list(rows) if len(rows) <= most else [rows[i * len(rows) // most] for i in range(most)]
+
+
+def against(file: File, rivals: Sequence[File]) -> dict[str, Any]:
+    """A file beside the best rivals of its size: the least KL, and the least loss; ratios and differences with paired intervals."""
+    near, sure = (min(rivals, key=lambda rival: getattr(rival, key)) for key in ("kl", "loss"))
+    low, high = evaluate.interval(file.found["nats"], near.found["nats"])
+    difference = file.found["losses"] - sure.found["losses"]
+    loss_low, loss_high = evaluate.interval(difference, file.found["tokens"])
+    return {
+        "least_kl": near.row(), "kl_ratio": file.kl / near.kl, "kl_ratio_low": low, "kl_ratio_high": high,
+        "least_loss": sure.row(), "loss_difference": float(difference.sum() / file.found["tokens"].sum()),
+        "loss_difference_low": loss_low, "loss_difference_high": loss_high,
+    }  # fmt: skip
+
+
+def study(given: argparse.Namespace, task: str, pool: Pool, place: Path, until: float) -> tuple[Study, dict[str, Any], list[File]]:
+    """Everything that torch measures of one task; the document, and the files that llama.cpp shall run."""
+    one = Study(given, task, pool, place, until)
+    one.prepare()
+    rivals = one.rivals()
+    one.round("tuned", [file for file in rivals if file.how is IMATRIX], PLANS)
+    one.round("tuned", rivals, VARIANTS)
+    smallest = min(file.size for file in rivals if file.kind == "stock")
+    q8 = one.files.bytes(dict.fromkeys(one.lab.matrices, Type.Q8_0))
+    budgets = range(-(-smallest // (STEP * MB)) * STEP, q8 // MB + 1, STEP)
+    plans = [file for how in PLANS for file in one.plans(how, budgets, "plan")]
+    variants = [file for how in VARIANTS for file in one.plans(how, budgets[:: max(1, len(budgets) // 4)], "variant")]
+    plans = one.judge(plans)
+    rivals = one.judge(sorted(rivals, key=lambda file: (file.kind != "stock", "embedding" in file.name, file.how is PLAIN)))
+    variants = one.judge(variants)
+    table, selected = [], []
+    for budget in budgets:
+        planned = [file for file in plans if file.name.startswith(f"{budget} MB,")]
+        stock, control = ([f for f in rivals if f.kind == kind and f.size <= ROOM * budget * MB] for kind in ("stock", "control"))
+        if not planned or not stock:
+            continue
+        plan = one.chosen(planned)
+        row = {"budget_bytes": budget * MB, "plan": plan.row(), "stock": against(plan, stock)}
+        if control:
+            row["control"] = against(plan, control)
+        best = [min(group, key=lambda file: file.kl) for group in (stock, control) if group]
+        selected += [plan, *best]
+        table.append((row, plan, best))
+        print(_line(task, row), flush=True)
+    if "base" in one.lab.checkpoints:
+        one.round("base", [file for _, plan, best in table for file in (plan, *best)])
+        for row, plan, best in table:
+            row["kept"] = {file.kind: one.kept(file) for file in (plan, *best)}
+    document = {
+        "task": task, "model": given.model, "sealed_rows": len(one.sealed), "valid_rows": len(one.valid),
+        "answer_tokens": int(one.tuned["tokens"].sum()), "reference_loss": float(one.tuned["losses"].sum() / one.tuned["tokens"].sum()),
+        "untuned_loss": float(one.base["losses"].sum() / one.base["tokens"].sum()),
+        "first_choice": float(one.tuned["hits"].sum() / one.tuned["tokens"].sum()),
+        "rows_right": float((one.tuned["hits"] == one.tuned["tokens"]).mean()),
+        "budgets": [row for row, _, _ in table], "files": [file.row() for file in (*plans, *variants, *rivals)],
+        "plans": {file.name: {n: t.name for n, t in file.types.items()} for file in selected if file.kind == "plan"},
+    }  # fmt: skip
+    one.files.forget()
+    return one, document, list({id(file): file for file in selected}.values())
+
+
+def real(one: Study, files: Sequence[File], seconds: float) -> dict[str, File]:
+    """The files in llama.cpp, on some of the sealed rows, by name; those that were done in time."""
+    rows = _spread(one.sealed, max(8, int(IN_LLAMA_CPP * len(one.sealed))))
+    one.lab.show("tuned")
+    where = one.place / "reference"
+    where.mkdir()
+    for i, row in enumerate(rows):
+        ((_, p, _),) = one.lab.predictions([row])
+        np.save(where / f"{i}.npy", p.cpu().numpy())
+    jobs = [(one.files.write("tuned", file.types, file.how, one.place / f"file{i}"), rows, where) for i, file in enumerate(files)]
+    one.say(f"{len(jobs)} files written")
+    found = {}
+    for number, measured in one.pool(_numbered, [(i, *job) for i, job in enumerate(jobs)], seconds):
+        found[files[number].name] = file = replace(files[number], found=measured)
+        print(f"llama.cpp: {file.kind:8} {file.size / MB:7.2f} MB  KL {file.kl:.4f}  loss {file.loss:.4f}  {file.name}", flush=True)
+    return found
+
+
+def _numbered(number: int, *job: Any) -> tuple[int, dict[str, np.ndarray]]:
+    return number, in_llama_cpp(*job)
+
+
+def _line(task: str, row: Mapping[str, Any]) -> str:
+    text = f"{task} {row['budget_bytes'] / MB:.0f} MB: KL {row['plan']['kl']:.4f} loss {row['plan']['loss']:.4f} ({row['plan']['name']})"
+    for kind in ("stock", "control"):
+        if kind in row:
+            r = row[kind]
+            text += (
+                f"; {r['kl_ratio']:.2f} [{r['kl_ratio_low']:.2f}, {r['kl_ratio_high']:.2f}] x {kind} {r['least_kl']['kl']:.4f} "
+                f"({r['least_kl']['name']}, {r['least_kl']['size_bytes'] / MB:.1f} MB), loss {r['loss_difference']:+.4f} "
+                f"[{r['loss_difference_low']:+.4f}, {r['loss_difference_high']:+.4f}] of {r['least_loss']['name']}"
+            )
+    return text
 
 
 def main() -> None:
@@ -159,129 +348,40 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--task", default="medquad")
-    parser.add_argument("--header", type=int, default=1_800_000, help="bytes of the file's metadata and tokenizer")
-    parser.add_argument("--seconds", type=float, default=240, help="measure no more files after that long")
+    parser.add_argument("--task", action="append", choices=list(ROWS))
+    parser.add_argument("--seconds", type=float, default=300.0, help="of all tasks together; what does not fit is left out and said")
+    parser.add_argument("--place", type=Path, help="a folder in memory for packed matrices, some 10 GB; default a temporary one")
+    parser.add_argument("--fewer", type=int, default=1, help="a fraction of the rows, to try the script")
     given = parser.parse_args()
     import torch
 
-    began = time.time()
-    torch.manual_seed(0)
-    lab = Lab(given.carry, given.work, given.model, given.task, "cuda" if torch.cuda.is_available() else "cpu")
-    curve = curvature.collect(lab.model, lab.calibration, lambda share, text: None)
-    inputs = {name: np.ascontiguousarray(np.diag(curve.moments(name)), dtype=np.float32) for name in lab.matrices if name in curve.source}
-    STATE.update(lab=lab, curvature=curve, imatrix=_imatrix(lab) | {n: v for n, v in inputs.items() if n == curve.head})
-    print(
-        f"{time.time() - began:.0f} s: curvature of {curve.answers} answer tokens, {sum(r.n_trained for r in lab.sealed)} sealed",
-        flush=True,
-    )
-
-    stock = [name for name, kind in gguf_types.FILE_TYPES.items() if kind.base in sensitivity.CANDIDATES]
-    shape = gguf_types.Shape(lab.config.num_hidden_layers, lab.config.num_attention_heads, lab.config.num_key_value_heads, "llama")
-    wanted: dict[str, tuple[dict[str, Type], str]] = {}  # name -> types, how
-    for name in stock:
-        for how in ("plain", "imatrix"):
-            types = {n: c.type for n, c in gguf_types.plan(lab.shapes, name, shape, how == "imatrix").items() if n in lab.matrices}
-            wanted[f"{name} {how}"] = types, how
-            for other in EMBEDDINGS if how == "imatrix" else ():
-                wanted[f"{name} {how} embedding={other.name}"] = types | {curve.head: other, curvature.EMBEDDING: other}, how
-    bodies = (Type.Q4_0, Type.IQ4_NL, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0)
-    for body in bodies:
-        for other in EMBEDDINGS:
-            types = dict.fromkeys(lab.matrices, body) | {n: other for n in (curve.head, curvature.EMBEDDING) if n in lab.matrices}
-            wanted[f"uniform {body.name} embedding={other.name}"] = types, "imatrix"
-    for how in ("curvature", *map(str, SHRINK)):
-        wanted[f"uniform Q4_0 {how}"] = dict.fromkeys(lab.matrices, Type.Q4_0), how
-        wanted[f"uniform IQ4_NL {how}"] = dict.fromkeys(lab.matrices, Type.IQ4_NL), how
-
-    menus = ("imatrix", "curvature", "0.05")
-    jobs = {(n, kind, how) for types, how in wanted.values() for n, kind in types.items()}
-    jobs |= {(n, kind, how) for n in lab.matrices for kind in sensitivity.candidates(lab.values[n].shape[1]) for how in menus}
-    read: dict[tuple[str, Type, str], np.ndarray] = {}
-    costs: dict[tuple[str, Type, str], float] = {}
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        for job, values, cost in pool.imap_unordered(rounded, sorted(jobs), chunksize=4):
-            if values is not None:
-                read[job], costs[job] = values, cost
-    print(f"{time.time() - began:.0f} s: {len(read)} rounded matrices", flush=True)
-
-    for how in menus:
-        options = {
-            n: tuple(
-                Option(kind.name, -(-len(lab.values[n]) * ggml.row_bytes(kind, lab.values[n].shape[1]) // 32) * 32, costs[n, kind, how])
-                for kind in sensitivity.candidates(lab.values[n].shape[1])
-                if (n, kind, how) in costs
-            )
-            for n in lab.matrices
-        }
-        fixed = lab.bytes({}, given.header) - sum(-(-4 * v.size // 32) * 32 for v in lab.values.values())
-        menu = Menu(options, fixed)
-        for budget in BUDGETS:
-            if budget * MB >= menu.smallest().size_bytes:
-                plan = menu.plan(budget * MB)
-                wanted[f"plan {budget} MB {how}"] = {n: Type[t] for n, t in plan.types.items()}, how
-    rows: list[dict[str, Any]] = []
-    order = sorted(wanted, key=lambda name: (not name.startswith("plan"), "embedding" in name, name))
-    for name in order:
-        types, how = wanted[name]
-        size = lab.bytes(types, given.header)
-        missing = any((n, kind, how) not in read for n, kind in types.items())
-        if missing or size > 150 * MB or (time.time() - began > given.seconds and "embedding" in name):
-            continue
-        found = lab.measure({n: read[n, kind, how] for n, kind in types.items()})
-        rows.append({"name": name, "size_bytes": size, "predicted_kl": sum(costs[n, k, how] for n, k in types.items()), **found})
-        print(
-            f"{size / MB:7.2f} MB  KL {found['kl']:.4f} ({rows[-1]['predicted_kl']:.4f} predicted)  loss {found['loss']:.4f}  {name}",
-            flush=True,
-        )
-    print(f"{time.time() - began:.0f} s; loss of the reference {rows[0]['reference_loss']:.4f}")
-    print("\n".join(verdicts(rows)))
+    given.device = "cuda" if torch.cuda.is_available() else "cpu"
+    began = time.monotonic()
+    tasks = given.task or list(ROWS)
+    given.out.mkdir(parents=True, exist_ok=True)
+    pool = Pool(os.cpu_count() or 1)
+    torch.set_num_threads(os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory(dir=given.place) as place:
+        studies = []
+        for number, task in enumerate(tasks):
+            until = began + given.seconds * (0.72 * (number + 1) / len(tasks))
+            studies.append(study(given, task, pool, Path(place) / task, until))
+            _save(given, studies[-1][1])
+        for number, (one, document, files) in enumerate(studies):
+            one.until = began + given.seconds
+            measured = real(one, files, one.left() / (len(studies) - number))
+            for row in document["budgets"]:
+                plan = measured.get(row["plan"]["name"])
+                rivals = {kind: measured.get(row[kind]["least_kl"]["name"]) for kind in ("stock", "control") if kind in row}
+                row["llama_cpp"] = {kind: against(plan, [rival]) for kind, rival in rivals.items() if plan and rival}
+            document["llama_cpp"] = [file.row() for file in measured.values()]
+            _save(given, document)
+    pool.close()
 
 
-def _imatrix(lab: Lab) -> dict[str, np.ndarray]:
-    """llama.cpp's importance: the plain mean square of every column's input, on the same training rows."""
-    import torch
-
-    total: dict[str, Any] = {}
-    names = {s.name.removesuffix(".weight"): n for n, s in lab.sources.items() if n in lab.matrices and n.startswith("blk.")}
-    modules = dict(lab.model.named_modules())
-
-    def add(name: str, x: Any) -> None:
-        total[name] = total.get(name, 0) + x.reshape(-1, x.shape[-1]).square().sum(0)
-
-    hooks = [modules[module].register_forward_pre_hook(lambda m, x, n=n: add(n, x[0])) for module, n in names.items()]
-    tokens = 0
-    with torch.no_grad():
-        for row in lab.calibration:
-            lab.model.base_model(input_ids=torch.tensor([row.ids], device=lab.device))
-            tokens += len(row.ids)
-    for hook in hooks:
-        hook.remove()
-    return {name: (sums / tokens).cpu().numpy() for name, sums in total.items()}
-
-
-def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """Each budget: the best plan, the best stock recipe up to 3 % above it, the best uniform control."""
-    lines = []
-    for budget in BUDGETS:
-        plans = [r for r in rows if r["name"].startswith(f"plan {budget} MB")]
-        fitting = [r for r in rows if not r["name"].startswith("plan") and r["size_bytes"] <= budget * MB * 1.03]
-        stock = [r for r in fitting if not r["name"].startswith("uniform")]
-        control = [r for r in fitting if r["name"].startswith("uniform") and "embedding" in r["name"]]
-        for plan in plans:
-            line = f"{plan['name']}: {plan['size_bytes'] / MB:.2f} MB KL {plan['kl']:.4f} loss {plan['loss']:.4f}"
-            for what, rivals in (("stock", stock), ("uniform", control)):
-                if rivals:
-                    best = min(rivals, key=lambda r: r["kl"])
-                    difference = np.array(plan["row_losses"]) - np.array(best["row_losses"])
-                    low, high = evaluate.interval(difference, np.full(len(difference), len(difference) / len(difference)))
-                    line += (
-                        f"; {plan['kl'] / best['kl']:.2f}x best {what} ({best['name']}, {best['size_bytes'] / MB:.1f} MB, {best['kl']:.4f}), "
-                        f"loss a row {difference.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
-                    )
-            lines.append(line)
-    return lines
+def _save(given: argparse.Namespace, document: Mapping[str, Any]) -> None:
+    about = {"machine": machine.describe(), "document": document}
+    (given.out / f"{given.model}-{document['task']}.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 if __name__ == "__main__":

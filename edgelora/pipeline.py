@@ -129,6 +129,7 @@ def _planned(
         budget.merged_into(model, recipe.merge.base),
         planning_rows(recipe, base.folder, dataset),
         recipe.name,
+        threads(recipe),
         out,
         "",
         lambda s, t: progress(0.5 * s, t),

@@ -37,7 +37,7 @@ def rows(model: Path, count: int, seed: int) -> list[Encoded]:
 
 
 def made(model: Path, out: Path, section: recipes.Export, plan: Path | None = None, kl: float = 5.0) -> Artifact:
-    known = budget.measure(tuned.plain(model, "key"), "16bit", rows(model, 24, 0), "tiny", out, "", quiet)
+    known = budget.measure(tuned.plain(model, "key"), "16bit", rows(model, 24, 0), "tiny", 1, out, "", quiet)
     return budget.export(
         tuned.plain(model, "key"),
         section,
@@ -105,7 +105,9 @@ def test_a_plan_is_used_again_without_comparing(model: Path, exported: Artifact)
 def test_what_cannot_be_reached_names_what_can(model: Path, exported: Artifact) -> None:
     with pytest.raises(Unsupported) as caught:
         made(model, exported.path.parent, recipes.Export("gguf", max_size="10kB"))
-    smallest = budget.menus(budget.measure(tuned.plain(model, "key"), "16bit", rows(model, 24, 0), "tiny", exported.path.parent, "", quiet))
+    smallest = budget.menus(
+        budget.measure(tuned.plain(model, "key"), "16bit", rows(model, 24, 0), "tiny", 1, exported.path.parent, "", quiet)
+    )
     assert f"({smallest['compensated'].smallest().size_bytes} bytes)" in caught.value.message
     assert "vocabulary" in caught.value.hint
 

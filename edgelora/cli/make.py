@@ -293,6 +293,7 @@ def export(
                 budget.merged_into(source, wish),
                 encoded[::2],
                 called,
+                threads or machine.cores(),
                 target,
                 "",
                 lambda share, text: progress("curvature", share, text),

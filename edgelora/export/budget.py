@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ Progress = Callable[[float, str], None]
 
 PLAN = "plan.json"
 _MOMENTS, _MENUS = "moments.safetensors", "menus.json"
+_COLLECTING = 0.5  # of the time that `measure` takes
 _SHRINK = 0.2  # of the correlations between inputs, estimated from few rows; less lets feedback overshoot the blocks (bench/NOTES.md)
 _ROUNDINGS = {"compensated": True, "nearest": False}
 # A file is named in llama.cpp's header after the type that most of its bytes have.
@@ -49,7 +51,9 @@ def label(section: recipes.Export) -> str:
     return f"max-kl-{section.max_kl:g}"
 
 
-def measure(model: Tuned, base: str, calibration: Sequence[Encoded], name: str, out: Path, prefix: str, progress: Progress) -> Artifact:
+def measure(
+    model: Tuned, base: str, calibration: Sequence[Encoded], name: str, threads: int, out: Path, prefix: str, progress: Progress
+) -> Artifact:
     """The curvature of `model`, merged into `base`, on training rows, and what every type of every matrix would cost; once a model."""
 
     def make(folder: Path) -> dict[str, Any]:
@@ -57,20 +61,13 @@ def measure(model: Tuned, base: str, calibration: Sequence[Encoded], name: str, 
         scratch.mkdir()
         described = model.folder or model.describe(scratch)
         weights = model.merged(base)
-        found = curvature.collect(curvature.open_model(described, weights), calibration, lambda share, text: progress(0.3 * share, text))
+        found = curvature.collect(
+            curvature.open_model(described, weights, threads), calibration, lambda share, text: progress(_COLLECTING * share, text)
+        )
         curvature.save(found, folder / _MOMENTS)
         moments = curvature.Moments(folder / _MOMENTS)
         fixed, matrices = gguf.matrices(described, name, weights)
-        menus: dict[str, dict[str, tuple[Option, ...]]] = {rounding: {} for rounding in _ROUNDINGS}
-        total = sum(len(_ROUNDINGS) * matrix.bytes(Type.F16) for matrix in matrices.values())
-        done = 0
-        for key, matrix in matrices.items():
-            values = matrix.read()
-            for rounding, compensated in _ROUNDINGS.items():
-                progress(0.3 + 0.7 * done / total, f"{key}, {rounding} rounding")
-                costs = sensitivity.costs(key, values, found, compensate.Rounding(moments, compensated, _SHRINK))
-                menus[rounding][key] = tuple(Option(kind.name, matrix.bytes(kind), cost) for kind, cost in costs.items())
-                done += matrix.bytes(Type.F16)
+        menus = _costs(matrices, found, moments, threads, lambda share, text: progress(_COLLECTING + (1 - _COLLECTING) * share, text))
         shutil.rmtree(scratch)
         text = {rounding: size_plan.menu_as_dict(Menu(options, fixed)) for rounding, options in menus.items()}
         (folder / _MENUS).write_text(json.dumps(text), encoding="utf-8")
@@ -86,6 +83,32 @@ def measure(model: Tuned, base: str, calibration: Sequence[Encoded], name: str, 
         versions=artifact.versions_of("torch", "transformers", "llama-cpp-python"),
         rows={"train": "train"},
     )
+
+
+def _costs(
+    matrices: Mapping[str, gguf.Matrix], found: curvature.Curvature, moments: curvature.Moments, threads: int, progress: Progress
+) -> dict[str, dict[str, tuple[Option, ...]]]:
+    """What each type of each matrix costs, by way of rounding. ggml and numpy let other threads run while they compute."""
+
+    def options(key: str, compensated: bool) -> tuple[Option, ...]:
+        matrix = matrices[key]
+        costs = sensitivity.costs(key, matrix.read(), found, compensate.Rounding(moments, compensated, _SHRINK))
+        return tuple(Option(kind.name, matrix.bytes(kind), cost) for kind, cost in costs.items())
+
+    menus: dict[str, dict[str, tuple[Option, ...]]] = {rounding: {} for rounding in _ROUNDINGS}
+    largest_first = sorted(matrices, key=lambda key: -matrices[key].bytes(Type.F16))
+    total, done = len(_ROUNDINGS) * sum(matrix.bytes(Type.F16) for matrix in matrices.values()), 0
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = {pool.submit(options, key, compensated): (key, name) for key in largest_first for name, compensated in _ROUNDINGS.items()}
+        try:
+            for job in as_completed(jobs):
+                key, name = jobs[job]
+                menus[name][key] = job.result()
+                done += matrices[key].bytes(Type.F16)
+                progress(done / total, f"{key}, {name} rounding")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return {name: {key: menu[key] for key in matrices} for name, menu in menus.items()}
 
 
 def merged_into(model: Tuned, merge_base: str) -> str:

@@ -137,14 +137,16 @@ class _Input:
             self._weights.clear()
 
 
-def open_model(described: Path, weights: Checkpoint) -> Any:
-    """The model with these weights in float32 on this machine's device."""
+def open_model(described: Path, weights: Checkpoint, threads: int | None = None) -> Any:
+    """The model with these weights in float32 on this machine's device; `threads` for the processor, torch's own choice without."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from edgelora.export import gguf
     from edgelora.train import load
 
+    if threads:
+        torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_config(gguf.model_config(described), dtype=torch.float32, attn_implementation="sdpa")
     tensors = {key: torch.from_numpy(weights.rows(key)).reshape(shape) for key, shape in weights.shapes.items()}
     missing, _ = model.load_state_dict(tensors, strict=False)
