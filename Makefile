@@ -17,11 +17,12 @@ TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 quickstart: $(STAMP)/base
 	$(BIN)/edgelora run recipes/quickstart.yaml
 
+# Two files at a time, each test with one thread: torch with more threads than idle cores collapses.
 test: $(STAMP)/base $(STAMP)/dev
-	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(STAMP)/base $(STAMP)/dev
-	$(BIN)/python -m pytest tests -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 lint: $(STAMP)/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -15,6 +15,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--llama-cpp", type=Path, help="Folder of llama.cpp: vendor/llama.cpp of llama-cpp-python's unpacked sdist.")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow files first: begun last, one would run alone while the other process waits."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def corpora(request: pytest.FixtureRequest) -> Path:
     folder = request.config.getoption("--corpora")

@@ -21,7 +21,7 @@ from edgelora.train.loss import SummedLoss
 from edgelora.train.packing import Collator, Documents, Sampler
 
 _SAVE_EVERY_S = 600
-_LOG_EVERY_S = 0.5  # where not every step is logged: reading a loss waits for the GPU, which then waits for the next step
+_LOG_EVERY_S = 1.0  # where not every step is logged: reading a loss waits for the GPU, which then waits for the next step
 COMPLETE = "complete"  # names the files of a checkpoint folder; written when all of them are there
 
 
