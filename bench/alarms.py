@@ -61,10 +61,8 @@ KEPT = (
 
 def record(path: Path, tries: int) -> dict[str, Any]:
     """A bench of the file; taken again while other programs disturbed it and there are tries left, as the verdict would advise."""
-    for taken in range(1, tries + 1):
-        row = bench.bench(path, "llama.cpp", SETTINGS, 1, lambda share, text: None)[0]
-        if not row["crowded"]:
-            break
+    rows = (bench.bench(path, "llama.cpp", SETTINGS, 1, lambda share, text: None)[0] for _ in range(tries))
+    taken, row = next(((n, row) for n, row in enumerate(rows, 1) if not row["crowded"] or n == tries))
     return {**{key: row[key] for key in KEPT}, "taken": taken}
 
 
