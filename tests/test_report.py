@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from edgelora import report
-from edgelora.report import markdown, markup, schema, sorting
+from edgelora.report import estimates, markdown, markup, page, schema, sorting
 from tests.report_example import ANSWER, GGUF, MINUS, ONNX, QUESTION, TAGS, Page, example, leaves
 
 
@@ -180,6 +180,49 @@ def test_recipe_is_shown_as_yaml_that_can_be_used_again(doc: dict[str, Any]) -> 
     page = Page(report.to_html(doc))
     shown = next(text for text in page.text if text.startswith("name: "))
     assert yaml.safe_load(shown) == doc["recipe"]
+
+
+def test_estimates_are_a_device_a_row_and_a_file_a_column(doc: dict[str, Any]) -> None:
+    one = doc["estimates"][0]
+    other = {
+        **one,
+        "file": ONNX,
+        "runtime": "onnxruntime",
+        "decode_tok_per_s": 88.0,
+        "low": 22.0,
+        "high": 151.0,
+        "trust": "not validated: x",
+    }
+    doc["estimates"] = [one, {**one, "device": "OnePlus 12", "decode_tok_per_s": 453.0, "bandwidth_gb_per_s": 76.8}, other]
+    table = estimates.table(doc)
+    assert table.titles == (
+        "Device",
+        f"Estimate, tok/s: {GGUF} in llama.cpp",
+        f"Estimate, tok/s: {ONNX} in onnxruntime",
+        "Memory bandwidth",
+    )
+    assert table.rows == (
+        ("Raspberry Pi 5", "≈ 100 [78, 130]", "≈ 88 [22, 150]", "17.1 GB/s"),
+        ("OnePlus 12", "≈ 450 [78, 130]", "", "76.8 GB/s"),
+    )
+    assert table.keys == ((None, 101.3, 88.0, 17.1), (None, 453.0, None, 76.8))
+    assert estimates.trust(doc) == [
+        f"{GGUF} in llama.cpp: a token reads 103.4 MB (62 % of the bandwidth); {one['trust']}.",
+        f"{ONNX} in onnxruntime: a token reads 103.4 MB (62 % of the bandwidth); not validated: x.",
+    ]
+
+
+def test_lines_break_after_underscores_of_words_and_not_of_types() -> None:
+    assert "".join(markup.breakable("fiat_currency_support")) == "fiat_<wbr>currency_<wbr>support"
+    assert markup.breakable("model-q5_k_m.gguf") == ["model-q5_k_m.gguf"]
+    assert markup.breakable("") == [""]
+
+
+def test_a_cell_stacks_its_figure_interval_and_remark() -> None:
+    cell = page._cell("0.136 [0.105, 0.180] (+202.8 %, cannot tell)", "right", 0.136)
+    below = '<span class="below">[0.105, 0.180]</span><span class="below">(+202.8 %, cannot tell)</span>'
+    assert cell == f'<td class="right" data-by="0.136">0.136{below}</td>'
+    assert page._cell("5 of 40", "right", None) == '<td class="right">5 of 40</td>'
 
 
 # --- what is not there -------------------------------------------------------------------------------------------

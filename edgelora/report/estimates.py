@@ -45,5 +45,5 @@ def _way(row: Row) -> str:
 
 def _estimated(row: Row) -> str:
     """'≈ 120 [90, 150]': two digits, as no estimate knows a third."""
-    value = f.within(row.get("decode_tok_per_s"), row.get("low"), row.get("high"), lambda v: f.number(v, 2))
+    value = f.within(row.get("decode_tok_per_s"), row.get("low"), row.get("high"), lambda v: f.number(float(f"{v:.1e}"), 2))
     return f.labelled("≈ ", value)
