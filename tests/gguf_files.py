@@ -13,13 +13,14 @@ import numpy as np
 def rewritten(
     source: Path, target: Path, change: Mapping[str, Any], weights: Callable[[str, np.ndarray], np.ndarray | None] | None = None
 ) -> Path:
-    """A copy of a GGUF file with other metadata, and with the raw data of its tensors changed; None leaves one out."""
+    """A copy of a GGUF file with other metadata, and with the raw data of its tensors changed; None leaves a key or a tensor out."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
+        value = change.get(name, field.contents())
+        if not name.startswith("GGUF.") and name != "general.architecture" and value is not None:
             kinds = [*field.types, None]
-            writer.add_key_value(name, change.get(name, field.contents()), kinds[0], kinds[1] if len(field.types) > 1 else None)
+            writer.add_key_value(name, value, kinds[0], kinds[1] if len(field.types) > 1 else None)
     assert change.keys() <= reader.fields.keys()
     for tensor in reader.tensors:
         data = np.array(tensor.data)

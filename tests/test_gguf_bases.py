@@ -65,6 +65,17 @@ def test_a_base_in_16_bits_walks_from_training_to_its_own_type(tmp_path: Path) -
     assert changed == {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 
 
+def test_what_a_file_does_not_say_is_what_llama_cpp_takes(tmp_path: Path) -> None:
+    """Gemma 3's files say nothing of which layers slide, and older ones nothing of how those rotate (llama.cpp, src/models/gemma3.cpp)."""
+    file = written(tmp_path, "gemma3_text")
+    unsaid = dict.fromkeys(("gemma3.attention.sliding_window_pattern", "gemma3.rope.freq_base_swa"))
+    older = rewritten(file, tmp_path / "older.gguf", unsaid)
+    configs = [models.config(models.open_base(str(f), Path(), tmp_path / f.stem).folder) for f in (older, file)]
+    assert "full_attention" in configs[0]["layer_types"]
+    for key in ("layer_types", "rope_parameters"):
+        assert configs[0][key] == configs[1][key]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "kind of tokenizer": ({"tokenizer.ggml.model": "bert"}, "a tokenizer of kind 'bert' is not known"),
     "pre-tokenizer": ({"tokenizer.ggml.pre": "bloom"}, "its pre-tokenizer 'bloom' is not known"),
