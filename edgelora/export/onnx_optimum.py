@@ -24,7 +24,7 @@ Progress = Callable[[float, str], None]
 
 TYPES = ("fp32", "fp16", "int4")
 BLOCK = 32
-_GRAPH_BYTES = 1500  # of the graph, for every tensor of the model: it is written out node by node
+_GRAPH_BYTES = 3000  # of the graph, for every tensor of the model: it is written out node by node
 
 
 def write(model: Path, type: str, built: Path, scratch: Path, progress: Progress) -> None:
@@ -85,6 +85,7 @@ def _store(traced: Path, type: str, target: Path) -> None:
     if type == "int4":
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+        _write_head_out(graph.graph)
         quantizer = MatMulNBitsQuantizer(
             graph, block_size=BLOCK, is_symmetric=True, accuracy_level=4, op_types_to_quantize=("MatMul", "Gather")
         )
@@ -99,6 +100,19 @@ def _store(traced: Path, type: str, target: Path) -> None:
         part.ClearField("metadata_props")
     data = f"{GRAPH}.data"
     onnx.save(graph, target, save_as_external_data=True, all_tensors_to_one_file=True, location=data, size_threshold=1024)
+
+
+def _write_head_out(graph: Any) -> None:
+    """A head that shares the embedding's weights multiplies with their transpose, which the quantizer would leave in float32."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in tensors]:
+        values = np.ascontiguousarray(numpy_helper.to_array(tensors[node.input[0]]).T)
+        if values.ndim == 2:
+            graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+            graph.node.remove(node)
 
 
 def _described(model: Path, scratch: Path) -> Path:
