@@ -47,6 +47,11 @@ ENVIRONMENTS = {
             ),
         ),
     ),
+    "web": Environment(
+        "transformers.js and onnxruntime-web, for models in browsers; playwright-core drives one in tests",
+        "npm",
+        (("@huggingface/transformers@4.3.1", "playwright-core@1.65.1"),),
+    ),
 }
 
 

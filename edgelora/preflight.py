@@ -70,6 +70,8 @@ def _needs(section: recipes.Export) -> tuple[str, ...]:
     module = exports.format_module(exports.resolve(section).format)
     if section.exporter == "optimum":
         environments.require("optimum")
+    if section.target == "web":
+        environments.require("web")
     return (*module.REQUIRES, *runtime(module.RUNTIME).REQUIRES)
 
 

@@ -123,6 +123,7 @@ class Export:
     block: int | None = None  # weights that share a scale (ONNX): 16, 32, 64 or 128. None: 32 where the model's shapes allow it
     activations: Literal["int8", "fp32"] | None = None  # what a matrix's inputs are rounded to (ONNX). None: int8, the fastest
     exporter: Literal["builder", "optimum"] | None = None  # of ONNX: onnxruntime-genai's model builder (None too), or Hugging Face's
+    target: Literal["web"] | None = None  # web: beside it a folder that browsers load, with a page to chat (ONNX)
     max_size: str | None = None  # e.g. 90MB, instead of a type: the best type for every tensor within that size (GGUF)
     max_kl: float | None = None  # or: the smallest file that is predicted to stay that close to the trained model, nats a token (GGUF)
 

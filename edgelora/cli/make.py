@@ -192,6 +192,9 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
 @click.option(
     "--exporter", type=click.Choice(["builder", "optimum"]), help="Who writes the ONNX graph; default onnxruntime-genai's model builder."
 )
+@click.option(
+    "--target", "target_", type=click.Choice(["web"]), help="web: beside it a folder that browsers load, with a page to chat (ONNX)."
+)
 @click.option("--max-size", metavar="SIZE", help="Instead of a type: the best type for every tensor within that size, e.g. 90MB (GGUF).")
 @click.option(
     "--max-kl", type=float, help="Instead of a type: the smallest file predicted to stay that close to the model, nats a token (GGUF)."
@@ -215,6 +218,7 @@ def export(
     block: int | None,
     activations: Literal["int8", "fp32"] | None,
     exporter: Literal["builder", "optimum"] | None,
+    target_: Literal["web"] | None,
     max_size: str | None,
     max_kl: float | None,
     plan_: Path | None,
@@ -245,7 +249,7 @@ def export(
     if plan_ and not (max_size or max_kl):
         max_size = f"{size_plan.read_plan(plan_)[0].size_bytes}B"
     section = exports.resolve(
-        recipes.Export(format_, type_, bool(imatrix) or None, tensor_types, block, activations, exporter, max_size, max_kl)
+        recipes.Export(format_, type_, bool(imatrix) or None, tensor_types, block, activations, exporter, target_, max_size, max_kl)
     )
     module = exports.format_module(format_)
     if imatrix and module.CALIBRATION != "importance":
@@ -276,6 +280,8 @@ def export(
     doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
     if exporter == "optimum":
         environments.require("optimum")
+    if target_ == "web":
+        environments.require("web")
     with echo.progress() as progress, artifact.locked(target):
         base = models.open_base(str(model) if adapter else str(model.absolute()), Path(), target)
         if adapter:

@@ -37,7 +37,7 @@ RUNTIME = "onnxruntime"
 FURTHER = ("onnxruntime-genai",)
 MERGES = False
 APART = False
-OPTIONS = frozenset({"importance", "block", "activations", "exporter"})
+OPTIONS = frozenset({"importance", "block", "activations", "exporter", "target"})
 CALIBRATION = "moments"
 REQUIRES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "tokenizers", "torch", "transformers")
 

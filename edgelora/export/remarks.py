@@ -39,6 +39,20 @@ def further(facts: Facts) -> list[str]:
     return lines
 
 
+def web(facts: Facts) -> list[str]:
+    """The folder for browsers, and whether transformers.js answers alike."""
+    found = facts.get("web")
+    if not found:
+        return []
+    ran = found.get("transformers.js")
+    how = (
+        f"transformers.js {ran['version']} answers {'alike' if ran['same_text'] else 'with the same first tokens'}"
+        if ran
+        else "not run: no Node"
+    )
+    return [f"for browsers: {found['file']}, {found['size_bytes'] / 1e6:.1f} MB, {how}"]
+
+
 def rounded(facts: Facts) -> list[str]:
     """Of formats without a mixture: whether training rows said how to round."""
     weighed = facts.get("importance")
@@ -67,4 +81,4 @@ def survival(facts: Facts) -> list[str]:
 def all_of(facts: Facts) -> list[str]:
     """Everything above that a file's facts hold."""
     mixture = facts.get("weights")
-    return [*([weights(facts), *fallbacks(mixture)] if mixture else []), *rounded(facts), *further(facts), *survival(facts)]
+    return [*([weights(facts), *fallbacks(mixture)] if mixture else []), *rounded(facts), *further(facts), *web(facts), *survival(facts)]

@@ -16,14 +16,14 @@ from edgelora.data.chat import Encoded
 from edgelora.errors import UsageError
 from edgelora.export import FORMATS, beside, survival, verify
 from edgelora.export.reference import Reference
-from edgelora.runtime import runtime, runtimes_of
+from edgelora.runtime import runtime, runtime_of, runtimes_of
 from edgelora.tuned import Tuned
 from edgelora.weights import Checkpoint
 
 Progress = Callable[[float, str], None]
 
 # Keys of recipe.Export that only some formats take -> one that does.
-_OPTIONS = {"importance": "gguf", "tensor_types": "gguf", "block": "onnx", "activations": "onnx", "exporter": "onnx"}
+_OPTIONS = {"importance": "gguf", "tensor_types": "gguf", "block": "onnx", "activations": "onnx", "exporter": "onnx", "target": "onnx"}
 
 
 def format_module(name: str) -> ModuleType:
@@ -97,7 +97,7 @@ def estimate(model: Path, section: recipes.Export) -> dict[str, float]:
 
 def _options(module: ModuleType, section: recipes.Export, measured: Any) -> dict[str, Any]:
     """What of a section `predict_bytes`, `mixture` and `write` of the format take beside the type; `measured` is its calibration."""
-    return {key: measured if key == "importance" else getattr(section, key) for key in _OPTIONS if key in module.OPTIONS}
+    return {key: measured if key == "importance" else getattr(section, key) for key in _OPTIONS if key in module.OPTIONS - {"target"}}
 
 
 def _mixing(module: ModuleType, section: recipes.Export) -> dict[str, Any]:
@@ -190,6 +190,9 @@ def export(
         if others := [name for name in module.FURTHER if name in runtimes_of(written)]:
             progress(0.95, f"opening {written.name} in {', '.join(others)}")
             found["further"] = verify.further(written, module.RUNTIME, others, checked, threads)
+        if section.target == "web":
+            progress(0.97, "writing the folder for browsers")
+            facts["web"] = _for_browsers(written, kind, folder / f"{name}-{kind}-web", threads)
         predicted = module.predict_bytes(described, kind, name, **options, **source(kept))
         if "importance" in module.OPTIONS:
             # None: nothing in this file would look at one
@@ -229,7 +232,7 @@ def export(
             "format": section.format,
             "type": kind,
             "tensor_types": list(section.tensor_types),
-            **{key: value for key in ("block", "activations", "exporter") if (value := getattr(section, key)) is not None},
+            **{key: value for key in ("block", "activations", "exporter", "target") if (value := getattr(section, key)) is not None},
             "name": name,
             "max_kl": limits.max_kl,
             "into": list(bases),
@@ -238,6 +241,16 @@ def export(
         versions=artifact.versions_of("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
         rows=rows_from,
     )
+
+
+def _for_browsers(written: Path, kind: str, target: Path, threads: int) -> dict[str, Any]:
+    """Write the folder that browsers load, beside the ONNX folder it is made of, and hold transformers.js against ONNX Runtime."""
+    from edgelora.export import onnx_web
+
+    onnx_web.write(written, kind, target)
+    texts, prompts, rendered = verify.expected(written, runtime_of(written), threads)
+    found = onnx_web.check(target, texts, prompts, rendered)
+    return {"file": target.name, "size_bytes": size_bytes(target), **({"transformers.js": found} if found else {})}
 
 
 def _part(progress: Progress, done: float, part: float) -> Progress:

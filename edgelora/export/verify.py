@@ -114,6 +114,15 @@ def further(exported: Path, first: str, others: Sequence[str], rows: Sequence[En
     return found
 
 
+def expected(exported: Path, name: str, threads: int) -> tuple[dict[str, list[int]], dict[str, list[int]], str]:
+    """What another program should make of `exported`, by the runtime `name`: ids of texts, greedy ids after prompts, the template around "Hello"."""
+    with runtime(name).open(exported, threads) as session:
+        texts = {text: list(session.tokenize(text)) for text in PROBES}
+        prompts = [template.render(session.chat_template, conversation, session.special_tokens) for conversation in _CONVERSATIONS]
+        greedy = {p: [*session.generate(session.tokenize(p), _GREEDY, session.stop_ids)] for p in prompts}
+    return texts, {prompt: ids for prompt, ids in greedy.items() if ids}, prompts[0]
+
+
 def _same_tokens(tokenizer: Any, session: Session, exported: Path, rows: Sequence[Encoded]) -> None:
     for text in (*PROBES, *(tokenizer.decode(row.ids) for row in rows)):
         expected = list(tokenizer(text, add_special_tokens=False)["input_ids"])

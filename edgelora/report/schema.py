@@ -80,6 +80,11 @@ REPORT: dict[str, Any] = {
             "further": {  # other runtimes that open the file, beside `runtime`; tokens and template by the library's own means
                 str: {"kl": float, "same_text": bool, "tokens_equal": bool, "rows_equal": bool, "template_equal": bool}
             },
+            "web": {  # the folder for browsers, beside the file
+                "file": str,
+                "size_bytes": int,
+                "transformers.js": {"version": str, "same_text": bool, "prompts": int},
+            },
             "merge": _MERGE,
             "weights": {  # of formats that mix types; fallbacks: matrices whose rows do not fit the wanted type's block
                 "bits_a_weight": float,
