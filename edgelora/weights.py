@@ -20,7 +20,7 @@ import numpy as np
 
 from edgelora.errors import ModelError
 
-VALUES_AT_ONCE = 1 << 20  # values of one range: 4 MiB in float32
+VALUES_AT_ONCE = 1 << 18  # values of one range: 1 MiB in float32, what a core's own cache holds
 _TYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -141,10 +141,12 @@ class Merged(Base):
         return _HEAD in self.low_rank
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        import torch
+
         values = super().rows(name, first, last)
         if name in self.low_rank:
             b, a, lengths = self.low_rank[name]
-            values += b[first:last] @ a
+            torch.from_numpy(values).addmm_(torch.from_numpy(b[first:last]), torch.from_numpy(a))
             if lengths is not None:
                 values *= (lengths[first:last] / np.linalg.norm(values, axis=1))[:, None]
         return values
@@ -179,7 +181,7 @@ class _Nf4:
     def values(self, start: int, stop: int) -> np.ndarray:
         """Values [start, stop), which are whole rows."""
         if self._whole is not None:
-            return self._whole[start:stop]
+            return self._whole[start:stop].copy()  # callers may add to it in place
         codes, scales = self._packed[start // 2 : stop // 2], self._scales[start // _BLOCK : stop // _BLOCK]
         return self._written_out(codes, scales, (stop - start) // self._columns)
 
@@ -232,9 +234,9 @@ def write(source: Checkpoint, folder: Path, progress: Callable[[float, str], Non
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Row ranges (first, last) of about VALUES_AT_ONCE values; they depend on nothing but the shape."""
-    rows, step = math.prod(shape[:-1]), max(1, VALUES_AT_ONCE // max(1, shape[-1]))
+def ranges(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Row ranges (first, last) of about VALUES_AT_ONCE values that begin at a multiple of `multiple`."""
+    rows, step = math.prod(shape[:-1]), multiple * max(1, VALUES_AT_ONCE // max(1, shape[-1] * multiple))
     for first in range(0, rows, step):
         yield first, min(first + step, rows)
 

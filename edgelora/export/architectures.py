@@ -1,8 +1,8 @@
 """How llama.cpp names and stores what a Hugging Face checkpoint holds, one `Architecture` for each model type, and the way back.
 
 A tensor keeps its values or is changed in one of two ways: rows of q and k are put into the order that llama.cpp's
-rotation wants (`query_pairs`, `key_pairs`), or one is added to a norm's weights because Hugging Face adds it at run time
-(`plus_one`). What llama.cpp would compute differently from Hugging Face, and has no key for, is a ModelError here.
+rotation wants (`pairs`), or one is added to a norm's weights because Hugging Face adds it at run time (`plus_one`).
+What llama.cpp would compute differently from Hugging Face, and has no key for, is a ModelError here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to a checkpoint's tensor on its way into a GGUF file, given the configuration, and what undoes it."""
+    """What is done to a checkpoint's tensor on its way into a GGUF file, given the configuration, and what undoes it.
+
+    A head's rows stay among themselves, so any number of whole heads may be changed alone.
+    """
 
     do: Callable[[torch.Tensor, Any], torch.Tensor]
     undo: Callable[[torch.Tensor, Any], torch.Tensor]
@@ -100,17 +103,16 @@ def of_gguf(name: str) -> tuple[str, Architecture]:
 # ---- changes ----
 
 
-def _pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def _pairs(weight: torch.Tensor, config: Any) -> torch.Tensor:
     """Hugging Face rotates element j of a head with element j + d/2, llama.cpp's NORM rotation 2j with 2j + 1."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    return weight.reshape(-1, 2, head_dim(config) // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def _halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    return weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+def _halves(weight: torch.Tensor, config: Any) -> torch.Tensor:
+    return weight.reshape(-1, head_dim(config) // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-query_pairs = Change(lambda w, config: _pairs(w, config.num_attention_heads), lambda w, config: _halves(w, config.num_attention_heads))
-key_pairs = Change(lambda w, config: _pairs(w, config.num_key_value_heads), lambda w, config: _halves(w, config.num_key_value_heads))
+pairs = Change(_pairs, _halves)
 plus_one = Change(lambda w, config: w.float() + 1, lambda w, config: w - 1)
 
 
@@ -126,8 +128,8 @@ def _common(config: Any) -> Metadata:
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "attention.key_length": _head_dim(config),
-        "attention.value_length": _head_dim(config),
+        "attention.key_length": head_dim(config),
+        "attention.value_length": head_dim(config),
         "vocab_size": config.vocab_size,
     }
 
@@ -154,7 +156,7 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _head_dim(config: Any) -> int:
+def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -170,7 +172,7 @@ def _rotation(config: Any, *kinds: str) -> Metadata:
     kind = rope.get("rope_type", "default")
     keys: Metadata = {
         "rope.freq_base": float(rope["rope_theta"]),
-        "rope.dimension_count": int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0)),
+        "rope.dimension_count": int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)),
     }
     if kind not in ("default", *kinds):
         raise ModelError(
@@ -216,7 +218,7 @@ def _llama3_factors(config: Any) -> dict[str, np.ndarray]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")[0].numpy().astype(np.float64)
-    plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, _head_dim(config), 2) / _head_dim(config))
+    plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, head_dim(config), 2) / head_dim(config))
     return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
 
 
@@ -350,12 +352,12 @@ _PLAIN = {
     **_MLP,
 }
 _LLAMA = _PLAIN | {
-    "attn_q.weight": Source("self_attn.q_proj.weight", query_pairs),
-    "attn_k.weight": Source("self_attn.k_proj.weight", key_pairs),
+    "attn_q.weight": Source("self_attn.q_proj.weight", pairs),
+    "attn_k.weight": Source("self_attn.k_proj.weight", pairs),
 }
 _LLAMA_BIASES = {
-    "attn_q.bias": Source("self_attn.q_proj.bias", query_pairs, optional=True),
-    "attn_k.bias": Source("self_attn.k_proj.bias", key_pairs, optional=True),
+    "attn_q.bias": Source("self_attn.q_proj.bias", pairs, optional=True),
+    "attn_k.bias": Source("self_attn.k_proj.bias", pairs, optional=True),
     "attn_v.bias": Source("self_attn.v_proj.bias", optional=True),
     "attn_output.bias": Source("self_attn.o_proj.bias", optional=True),
     "ffn_gate.bias": Source("mlp.gate_proj.bias", optional=True),

@@ -13,6 +13,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -41,7 +42,7 @@ APART = False
 OPTIONS = frozenset({"importance", "tensor_types"})
 CALIBRATION = "importance"
 
-_RANGES_WAITING = 8  # of one tensor, quantized ahead of what is written
+_RANGES_AHEAD = 4  # of one tensor and for each thread: quantized, or waiting for it, ahead of what is written
 
 
 def predict_bytes(
@@ -132,13 +133,6 @@ class Matrix:
         return padded(math.prod(self.shape[:-1]) * ggml.row_bytes(type, self.shape[-1]))
 
 
-def _values(tensor: _Tensor, layout: _Layout) -> np.ndarray:
-    assert tensor.source is not None
-    if tensor.source.change is not None:
-        return _changed(tensor, tensor.source, layout)
-    return layout.checkpoint.rows(tensor.source.name)
-
-
 def write(
     model: Path,
     type: str,
@@ -169,14 +163,14 @@ def write(
     path = folder / f"{name}-{type}.gguf"
     partial = path.with_name(f".{path.name}.partial")
     total = sum(tensor.bytes for tensor in layout.tensors)
-    done = 0
+    done, threads = 0, threads or machine.cores()
     try:
-        with partial.open("wb") as stream, ThreadPoolExecutor(threads or machine.cores()) as pool:
+        with partial.open("wb") as stream, _one_thread_a_worker(), ThreadPoolExecutor(threads) as pool:
             stream.write(layout.header)
             stream.write(bytes(layout.data_start - len(layout.header)))
             for tensor in layout.tensors:
                 progress(done / total, tensor.name)
-                for block in _packed(tensor, layout, importance, pool, rounding):
+                for block in _packed(tensor, layout, importance, pool, threads, rounding):
                     stream.write(block)
                 stream.write(bytes(padded(tensor.bytes) - tensor.bytes))
                 done += tensor.bytes
@@ -277,12 +271,29 @@ def _plain_name(name: str) -> str:
 # ---- weights ----
 
 
-def _packed(
-    tensor: _Tensor, layout: _Layout, importance: Importance | None, pool: ThreadPoolExecutor, rounding: Rounding | None
-) -> Iterator[bytes]:
-    """The tensor's bytes, a range of rows at a time: quantized in `pool`, which releases Python's lock, and given in order.
+def _values(tensor: _Tensor, layout: _Layout, first: int = 0, last: int | None = None) -> np.ndarray:
+    """Rows [first, last) as the file has them before they are quantized, float32; whole heads where a change goes by heads."""
+    assert tensor.source is not None
+    name, change = tensor.source.name, tensor.source.change
+    values = layout.checkpoint.rows(name, first, last)
+    if change is None:
+        return values
+    import torch
 
-    The ranges depend on the shape alone, so the bytes are the same for any number of threads; only a few wait at a time.
+    stored = torch.from_numpy(values if len(tensor.shape) > 1 else values[0])
+    try:
+        return np.asarray(change.do(stored, layout.config).reshape(values.shape).float().numpy())
+    except RuntimeError as error:
+        raise ModelError(f"{name} of shape {tensor.shape} does not fit config.json: {error}", "copy the model again") from error
+
+
+def _packed(
+    tensor: _Tensor, layout: _Layout, importance: Importance | None, pool: ThreadPoolExecutor, threads: int, rounding: Rounding | None
+) -> Iterator[bytes]:
+    """The tensor's bytes, a range of rows at a time: read, merged and quantized in `pool`, and given in order.
+
+    numpy, torch and ggml release Python's lock meanwhile. The ranges depend on the model alone, so the bytes are the same
+    for any number of threads; only a few wait at a time.
     """
     if tensor.source is None:
         yield np.asarray(tensor.values, dtype="<f4").tobytes()
@@ -291,32 +302,30 @@ def _packed(
     quantize = partial(ggml.quantize, type=tensor.type, importance=weights)
     if rounding is not None and len(tensor.shape) > 1:
         quantize = partial(rounding.quantize, tensor.name, type=tensor.type)
-    whole = _changed(tensor, source, layout) if source.change is not None else None
 
     def pack(first: int, last: int) -> bytes:
-        values = layout.checkpoint.rows(source.name, first, last) if whole is None else whole[first:last]
-        return _quantized(values, tensor.type, source.name, quantize)
+        return _quantized(_values(tensor, layout, first, last), tensor.type, source.name, quantize)
 
     waiting: deque[Future[bytes]] = deque()
-    for first, last in ranges(tensor.shape):
+    for first, last in ranges(tensor.shape, architectures.head_dim(layout.config) if source.change else 1):
         waiting.append(pool.submit(pack, first, last))
-        if len(waiting) > _RANGES_WAITING:
+        if len(waiting) > _RANGES_AHEAD * threads:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _changed(tensor: _Tensor, source: architectures.Source, layout: _Layout) -> np.ndarray:
-    """The whole tensor after its change, float32: only queries, keys and norms have one, and they are small."""
+@contextmanager
+def _one_thread_a_worker() -> Iterator[None]:
+    """Workers run side by side already: in each of them torch would start as many threads again and wait for them."""
     import torch
 
-    assert source.change is not None
-    stored = layout.checkpoint.rows(source.name).reshape(layout.checkpoint.shapes[source.name])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        weight = source.change.do(torch.from_numpy(stored), layout.config)
-    except RuntimeError as error:
-        raise ModelError(f"{source.name} of shape {tensor.shape} does not fit config.json: {error}", "copy the model again") from error
-    return np.asarray(weight.reshape(-1, tensor.shape[-1]).float().numpy())
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _quantized(values: np.ndarray, type: ggml.Type, name: str, quantize: Callable[..., np.ndarray]) -> bytes:
