@@ -81,13 +81,23 @@ def test_written_shards_are_the_merge(tmp_path: Path, monkeypatch: pytest.Monkey
         assert torch.equal(tensor, torch.from_numpy(source.rows(name)).reshape(tensor.shape).to(torch.bfloat16)), name
 
 
-def test_the_number_of_threads_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "VALUES_AT_ONCE", 1 << 10)
-    base = tiny_model("llama", tmp_path / "base")
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_neither_threads_nor_ranges_change_a_byte(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_model(arch, tmp_path / "base")
+    merged = weights.Merged(base, adapter_for(base, tmp_path / "adapter"), "16bit")
     written = []
-    for threads in (1, 3):
-        written.append(gguf.write(base, "q4_0", tmp_path, "tiny", lambda share, name: None, threads=threads).read_bytes())
-    assert written[0] == written[1]
+    for values, threads in ((1 << 20, 1), (1 << 10, 1), (1 << 10, 3)):
+        monkeypatch.setattr(weights, "VALUES_AT_ONCE", values)
+        written.append(gguf.write(base, "q4_0", tmp_path, "tiny", lambda share, name: None, weights=merged, threads=threads).read_bytes())
+    assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize("into", ["16bit", "nf4"])
+def test_an_adapter_is_added_once_however_often_rows_are_read(into: str, tmp_path: Path) -> None:
+    base = tiny_model("llama", tmp_path / "base", intermediate_size=96)  # blocks of NF4 cross the ends of down_proj's rows
+    source = weights.Merged(base, adapter_for(base, tmp_path / "adapter"), into)
+    for name in source.low_rank:
+        np.testing.assert_array_equal(source.rows(name), source.rows(name), err_msg=name)
 
 
 @pytest.mark.parametrize("change", ["other base", "half", "no config"])
