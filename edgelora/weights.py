@@ -156,39 +156,50 @@ class _Nf4:
     """A tensor as QLoRA training holds it: 4 bits a value, a scale a block, the scales in 8 bits (Dettmers et al. 2023).
 
     The steps are those of bitsandbytes.functional.quantize_4bit(compress_statistics=True), with bitsandbytes' own
-    kernels, so the values are bit for bit what it dequantizes; here the float32 tensor never exists as a whole.
+    kernels, so the values are bit for bit what it dequantizes. Only the scales depend on the whole tensor, and only they are
+    kept: the codes of a range are made when it is asked for, by whoever asks.
     """
 
     def __init__(self, place: _Place, arithmetic: str) -> None:
         import bitsandbytes.functional as bnb
         import torch
 
-        size, self._columns = math.prod(place.shape), place.shape[-1]
-        packed, scales = [], []
-        for start in range(0, size, VALUES_AT_ONCE):
-            values = torch.from_numpy(place.read(start, min(start + VALUES_AT_ONCE, size)))
-            rounded = values.to(getattr(torch, arithmetic)).float()
-            codes, largest = torch.ops.bitsandbytes.quantize_4bit.default(rounded, _BLOCK, "nf4", torch.uint8)
-            packed.append(codes.reshape(-1))
-            scales.append(largest)
-        self._packed, scale = torch.cat(packed), torch.cat(scales)
+        self._place, self._arithmetic, self._columns = place, arithmetic, place.shape[-1]
+        size = math.prod(place.shape)
+        pieces = [(start, min(start + VALUES_AT_ONCE, size)) for start in range(0, size, VALUES_AT_ONCE)]
+        # bitsandbytes' CPU kernel goes by rows: where blocks cross their ends, only the whole tensor gives what training saw.
+        crossing = self._columns % _BLOCK > 0
+        if crossing:
+            codes, scale = (torch.cat(part) for part in zip(*(self._codes(*piece) for piece in pieces), strict=True))
+        else:
+            scale = torch.cat([self._read(*piece).reshape(-1, _BLOCK).abs().amax(1) for piece in pieces])
         mean = scale.mean()
         self._scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scale - mean, blocksize=256)) + mean
-        # bitsandbytes' CPU kernel goes by rows: where blocks cross their ends, only the whole tensor gives what training saw.
-        rows = size // self._columns
-        self._whole = self._written_out(self._packed, self._scales, rows) if self._columns % _BLOCK else None
+        self._whole = self._written_out(codes, self._scales, size) if crossing else None
 
     def values(self, start: int, stop: int) -> np.ndarray:
         """Values [start, stop), which are whole rows."""
         if self._whole is not None:
             return self._whole[start:stop].copy()  # callers may add to it in place
-        codes, scales = self._packed[start // 2 : stop // 2], self._scales[start // _BLOCK : stop // _BLOCK]
-        return self._written_out(codes, scales, (stop - start) // self._columns)
+        codes, _ = self._codes(start, stop)
+        return self._written_out(codes, self._scales[start // _BLOCK : stop // _BLOCK], stop - start)
 
-    def _written_out(self, codes: Any, scales: Any, rows: int) -> np.ndarray:
+    def _read(self, start: int, stop: int) -> Any:
         import torch
 
-        shape = (rows, self._columns)
+        return torch.from_numpy(self._place.read(start, stop)).to(getattr(torch, self._arithmetic)).float()
+
+    def _codes(self, start: int, stop: int) -> tuple[Any, Any]:
+        """Two values a byte, and the largest of each block."""
+        import torch
+
+        codes, largest = torch.ops.bitsandbytes.quantize_4bit.default(self._read(start, stop), _BLOCK, "nf4", torch.uint8)
+        return codes.reshape(-1), largest
+
+    def _written_out(self, codes: Any, scales: Any, size: int) -> np.ndarray:
+        import torch
+
+        shape = (size // self._columns, self._columns)
         values = torch.ops.bitsandbytes.dequantize_4bit.default(codes, scales, _BLOCK, "nf4", shape, torch.float32)
         return np.asarray(values.reshape(-1).numpy())
 
