@@ -182,8 +182,8 @@ def commands(work: Path) -> dict[str, Any]:
     base.mkdir()
     shapes = checkpoint("1.07b", base)
     made = adapter(shapes, base, work / "adapters")
-    seconds = {kind: timed(*command(base, made, kind, work / kind)[1:]) for kind in KINDS}
-    return {"weights": sum(int(np.prod(dims)) for dims in shapes.values()), "seconds": seconds}
+    taken = {kind: timed(*command(base, made, kind, work / kind)[1:]) for kind in KINDS}
+    return {"weights": sum(int(np.prod(dims)) for dims in shapes.values()), "taken": taken}
 
 
 _OURS = """
@@ -204,13 +204,15 @@ sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), settin
 """
 
 
-def timed(*command: Any) -> float:
-    started = time.monotonic()
+def timed(*command: Any) -> dict[str, float]:
+    """Wall and CPU seconds of a process."""
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
-    return time.monotonic() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"s": time.monotonic() - started, "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
 def turns(work: Path, sources: Path, rounds: int) -> dict[str, Any]:
@@ -219,24 +221,20 @@ def turns(work: Path, sources: Path, rounds: int) -> dict[str, Any]:
     shapes = checkpoint("1.07b", base)
     made = adapter(shapes, base, work / "adapters")
     f16, theirs = work / "f16.gguf", work / "theirs.gguf"
-    samples: dict[str, list[Any]] = {"convert_s": [], "rounds": []}
-    for _ in range(rounds):
+    samples = []
+    for number in range(rounds):
         convert = timed(HERE.parents[1] / "tests" / "llama_cpp_converter.py", sources, base, f16)
-        samples["convert_s"].append(convert)
         for kind in KINDS:
             ours = timed("-c", _OURS, base, made.path, kind, work)
             quantize = timed("-c", _QUANTIZE, f16, theirs, kind, machine.cores())
             sizes = [(work / f"ours-{kind}.gguf").stat().st_size, theirs.stat().st_size]
-            samples["rounds"].append(
-                {"type": kind, "ours_s": ours, "quantize_s": quantize, "ratio": ours / (convert + quantize), "sizes": sizes}
-            )
-            print(samples["rounds"][-1], f"convert {convert:.1f}", file=sys.stderr)
+            samples.append({"round": number, "type": kind, "convert": convert, "ours": ours, "quantize": quantize, "sizes": sizes})
+            print(samples[-1], file=sys.stderr)
     best = {
-        kind: min(r["ours_s"] for r in samples["rounds"] if r["type"] == kind)
-        / (min(samples["convert_s"]) + min(r["quantize_s"] for r in samples["rounds"] if r["type"] == kind))
+        kind: {step: min(sample[step]["s"] for sample in samples if sample["type"] == kind) for step in ("ours", "convert", "quantize")}
         for kind in KINDS
     }
-    return {"weights": sum(int(np.prod(dims)) for dims in shapes.values()), "ratio_of_best": best, **samples}
+    return {"weights": sum(int(np.prod(dims)) for dims in shapes.values()), "best_s": best, "samples": samples}
 
 
 def main() -> None:
@@ -272,15 +270,17 @@ def memory_headline(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def time_headline(found: dict[str, Any]) -> list[tuple[str, str]]:
-    convert, lines = min(found["convert_s"]), []
-    for kind, ratio in found["ratio_of_best"].items():
-        ours, quantize = (min(r[key] for r in found["rounds"] if r["type"] == kind) for key in ("ours_s", "quantize_s"))
-        lines.append((kind, f"{ours:.1f} s against llama.cpp's converter and quantizer, {convert:.1f} + {quantize:.1f} s: {ratio:.2f}"))
-    return lines
+    return [
+        (
+            f"{kind} against llama.cpp's converter and quantizer, best times",
+            f"{b['ours']:.1f} s against {b['convert']:.1f} + {b['quantize']:.1f} s: {b['ours'] / (b['convert'] + b['quantize']):.2f}",
+        )
+        for kind, b in found["best_s"].items()
+    ]
 
 
 def command_headline(found: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(f"edgelora export to {kind}, verified", f"{seconds:.0f} s") for kind, seconds in found["seconds"].items()]
+    return [(f"edgelora export to {kind}, verified", f"{taken['s']:.0f} s") for kind, taken in found["taken"].items()]
 
 
 PACKAGES = ("torch", "numpy", "gguf", "llama-cpp-python", "transformers")
