@@ -36,6 +36,7 @@ class Outline:
     known_from: str
     folder: Path | None = None
     gguf: Path | None = None
+    tokenizer: Path | None = None  # the file or folder that holds it
     header_bytes: int | None = None
 
     @property
@@ -95,8 +96,7 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
     ModelError for an architecture that is not known here or settings that are missing.
     """
-    if missing := [key for key in _NEEDED if not isinstance(config.get(key), int) or config[key] < 1]:
-        raise ModelError(f"the base's config.json names no {missing[0]}", "choose a base of the llama kind")
+    _check(config)
     hidden, inner, layers = (int(config[key]) for key in _NEEDED[:3])
     heads = int(config["num_attention_heads"])
     keys = int(config.get("num_key_value_heads") or heads)
@@ -136,11 +136,18 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def _check(config: Mapping[str, Any]) -> None:
+    if missing := [key for key in _NEEDED if not isinstance(config.get(key), int) or config[key] < 1]:
+        raise ModelError(f"the base's config.json names no {missing[0]}", "choose a base of the llama kind")
+
+
 def _of_folder(folder: Path, name: str) -> Outline:
     config = models.config(folder)
+    _check(config)
+    tokenizer = folder if (folder / "tokenizer.json").exists() else None
     if found := models.shapes(folder):
-        return Outline(name, config, found, "config.json and the weights' headers", folder)
-    return Outline(name, config, shapes(config), "config.json alone; no weights are beside it")
+        return Outline(name, config, found, "config.json and the weights' headers", folder, tokenizer=folder)
+    return Outline(name, config, shapes(config), "config.json alone; no weights are beside it", tokenizer=tokenizer)
 
 
 def _of_gguf(header: Header) -> Outline:
@@ -165,7 +172,9 @@ def _of_gguf(header: Header) -> Outline:
         "tie_word_embeddings": "output.weight" not in rows,
     }
     begin = min((tensor.offset for tensor in header.tensors), default=0)
-    return Outline(header.path.stem, config, shapes(config), "the GGUF file's header", gguf=header.path, header_bytes=begin)
+    return Outline(
+        header.path.stem, config, shapes(config), "the GGUF file's header", gguf=header.path, tokenizer=header.path, header_bytes=begin
+    )
 
 
 @functools.cache

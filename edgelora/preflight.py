@@ -8,15 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgelora import check, doctor, environments, machine, models
+from edgelora import check, doctor, environments, machine, models, outline
+from edgelora import estimate as estimates
 from edgelora import recipe as recipes
 from edgelora.data import chat
 from edgelora.data.split import Dataset
 from edgelora.errors import EdgeloraError
+from edgelora.export import sizes
 from edgelora.export import stage as exports
 from edgelora.export.verify import PROBES
+from edgelora.outline import Outline
 from edgelora.report import figures
 from edgelora.runtime import runtime
+from edgelora.train import adapter
 
 TRAINING = ("torch", "transformers", "peft", "accelerate", "safetensors", "gguf", "bitsandbytes")
 _PARITY_CHARACTERS = 20_000  # of the training rows, compared token by token with llama.cpp
@@ -39,11 +43,12 @@ def resources(recipe: recipes.Recipe, base: models.Base, dataset: Dataset) -> No
     for section in recipe.exports:
         _attempt(problems, partial(_exportable, section, base, recipe.name))
     _raise(problems)
+    shape = outline.of(str(base.folder), Path())
     tokenizer = models.open_tokenizer(base.folder)
     rows = _attempt(problems, lambda: [ids for _, ids in chat.encode_all(tokenizer, dataset.train, recipe.train.max_tokens)])
     if rows:
-        _attempt(problems, lambda: _memory(recipe, base, [len(row.ids) for row in rows]))
-    _attempt(problems, lambda: _disk(recipe, base.folder))
+        _attempt(problems, lambda: _memory(recipe, shape, [len(row.ids) for row in rows]))
+    _attempt(problems, lambda: _disk(recipe, shape))
     if base.gguf is not None:
         text = "\n".join(row.question + "\n" + row.answer for row in dataset.train)[:_PARITY_CHARACTERS]
         _attempt(problems, lambda: token_parity(tokenizer, base.gguf, [*PROBES, text]))
@@ -86,24 +91,15 @@ def _exportable(section: recipes.Export, base: models.Base, name: str) -> None:
         )
 
 
-def _memory(recipe: recipes.Recipe, base: models.Base, lengths: list[int]) -> None:
-    from edgelora.train import estimate, load
+def _memory(recipe: recipes.Recipe, base: Outline, lengths: list[int]) -> None:
+    from edgelora.train import estimate, room
 
-    if load.device() == "cuda":
-        return  # the driver knows better what is free, and says so before the first step
-    needed = estimate.peak_bytes(estimate.training(base.folder, recipe.train, sum(lengths), lengths))
-    free = machine.available_memory_bytes()
-    if needed > free:
-        raise EdgeloraError(
-            f"training needs about {figures.size(needed)} of memory (an estimate), {figures.size(free)} are free",
-            "lower train.batch (raise train.accumulate by as much), shorten train.max_tokens, set train.checkpointing: true, or take a smaller base",
-        )
+    room.require(base, recipe.train, lengths, estimate.here(recipe.train.dtype))
 
 
-def _disk(recipe: recipes.Recipe, base: Path) -> None:
-    weights = sum(p.stat().st_size for p in base.glob("*.safetensors"))
-    # merged model, two exports a format (the untuned one beside it) of at most half the 16-bit size, one checkpoint's optimizer
-    needed = weights * (1.2 + len(recipe.exports)) + 0.3 * weights
+def _disk(recipe: recipes.Recipe, base: Outline) -> None:
+    trained = adapter.parameters(base.shapes, recipe.train)
+    needed = estimates.disk_bytes(recipe, base, [sizes.predict(base, section, recipe.name, trained) for section in recipe.exports])
     place = recipe.out_dir
     while not place.exists():
         place = place.absolute().parent

@@ -239,7 +239,7 @@ def test_a_full_disk_in_the_middle_of_a_run(disk: Disk, tiny_base: Path, tmp_pat
     done = edgelora(*command, cwd=tmp_path)
     assert (done.code, done.out) == (3, "")
     assert done.err.startswith(
-        "error: the run writes about 874.2 kB (an estimate), 307.2 kB are free\nfree some space, or choose another --out\n"
+        "error: the run writes about 985.6 kB (an estimate), 307.2 kB are free\nfree some space, or choose another --out\n"
     )
     assert finished_folders(out) == {}
     disk.leave(1 << 20)  # enough by the estimate, which knows nothing of the builder's scratch files

@@ -240,7 +240,7 @@ def export(
 
     from edgelora import artifact, doctor, environments, machine, models, plan, tuned
     from edgelora import recipe as recipes
-    from edgelora.export import beside, samples
+    from edgelora.export import beside, samples, sizes
     from edgelora.export import stage as exports
     from edgelora.quant import moments, size_plan
     from edgelora.runtime import runtime
@@ -272,7 +272,7 @@ def export(
         folder = model if model.is_dir() else models.open_base(str(model), Path(), target).folder
         measured_before = any(target.glob("importance-*"))
         predicted, mixture = exports.predict(folder, section, name or folder.absolute().name, measured=bool(imatrix) or measured_before)
-        words = section.type or plan.budget_words(section)
+        words = section.type or sizes.budget_words(section)
         row = {"format": format_, "type": words, "size_bytes": predicted, "weights": mixture, **exports.estimate(folder, section)}
         echo.result({**row, "predicted_bytes": row.pop("size_bytes")}, *plan.file_lines(row | {"size_bytes": predicted}))
         return

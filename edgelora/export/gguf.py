@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ OPTIONS = frozenset({"importance", "tensor_types"})
 CALIBRATION = "importance"
 
 _RANGES_AHEAD = 4  # of one tensor and for each thread: quantized, or waiting for it, ahead of what is written
+_HEADER_BYTES = 45  # a token of the vocabulary, its merges included: 36 (SmolLM2) to 61 (Llama 3)
 
 
 def predict_bytes(
@@ -62,6 +64,24 @@ def predict_bytes(
     if importance is None:
         layout.check_importance(type, {})
     return layout.data_start + sum(padded(tensor.bytes) for tensor in layout.tensors)
+
+
+def bytes_of(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], type: str, tensor_types: Sequence[str] = (), header: int | None = None
+) -> int:
+    """The size of a file of which nothing is on this disk but its shape: exact to what `header` (its vocabulary) holds.
+
+    `config` are config.json's settings, `shapes` its weights' by their names. As if an importance matrix were at hand.
+    """
+    architecture = architectures.of(str(config["model_type"]))
+    settings = SimpleNamespace(**{"num_key_value_heads": config["num_attention_heads"], **config})
+    settings.tie_word_embeddings = "lm_head.weight" not in shapes
+    names = {key: source.name for key, source in architecture.tensors(settings).items() if source.name in shapes}
+    found = {key: shapes[name] for key, name in names.items()}
+    shape = gguf_types.Shape(settings.num_hidden_layers, settings.num_attention_heads, settings.num_key_value_heads, architecture.name)
+    choices = gguf_types.plan(found, type, shape, True, tensor_types)
+    weights = sum(padded(math.prod(dims[:-1]) * ggml.row_bytes(choices[key].type, dims[-1])) for key, dims in found.items())
+    return weights + (_HEADER_BYTES * int(config["vocab_size"]) if header is None else header)
 
 
 def gains_from_importance(model: Path, type: str, tensor_types: Sequence[str] = (), weights: Checkpoint | None = None) -> bool:

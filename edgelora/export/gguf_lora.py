@@ -32,6 +32,7 @@ APART = True
 OPTIONS = gguf.OPTIONS
 CALIBRATION = gguf.CALIBRATION
 calibration = gguf.calibration
+bytes_of = gguf.bytes_of  # of the base beside the adapter
 
 BASE_NAME = "general.base_model.0.name"
 _ADAPTER = "f16"

@@ -187,6 +187,11 @@ def predict_bytes(
         onnx_optimum.check(type, config)
         return onnx_optimum.predict_bytes(shapes, type) + beside
     _builder_options(type, config, shapes, block, activations)
+    return bytes_of(config, shapes, type, block) + beside
+
+
+def bytes_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str, block: int | None = None) -> int:
+    """The same of the builder's graph alone, from a model's shape."""
     layers, block = _layers(config), _block(type, shapes, block)
     packed = not any("q_norm" in name for name in shapes)  # the builder joins q, k and v: they share their bits
     total = _rope_bytes(config)
@@ -200,8 +205,7 @@ def predict_bytes(
     padded = table[1] % max(block, onnx_graph.BLOCK) != 0
     if not _is_tied(config, shapes) or (padded and type == "int8"):
         total += _matrix_bytes(table, "fp32" if padded or type == "fp32" else "int8", onnx_graph.BLOCK, eight=True)
-    total += len(shapes) * {"fp32": 600, "int4-mixed": 950}.get(type, 800) + (0 if packed else 2500 * layers)
-    return total + beside
+    return total + len(shapes) * {"fp32": 600, "int4-mixed": 950}.get(type, 800) + (0 if packed else 2500 * layers)
 
 
 def estimate(model: Path, type: str, importance: bool) -> dict[str, float]:
@@ -210,9 +214,13 @@ def estimate(model: Path, type: str, importance: bool) -> dict[str, float]:
     The builder holds every matrix in float32 and the graph beside it. Measured on two cores of an AMD EPYC
     (bench/onnx_int4.py); a slower processor takes longer.
     """
-    shapes = _shapes(model)
+    return estimate_of(_config(model), _shapes(model), type, importance)
+
+
+def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str, importance: bool) -> dict[str, float]:
+    """The same from a model's shape."""
     values = sum(math.prod(shape) for shape in shapes.values())
-    if _is_tied(_config(model), shapes):
+    if _is_tied(config, shapes):
         values += math.prod(shapes["model.embed_tokens.weight"])  # the builder writes the head out
     seconds = _SECONDS[0] + values * (_SECONDS[1][type] + (_ROUNDING_SECONDS if importance else 0))
     return {"peak_bytes": _PEAK_BYTES[0] + _PEAK_BYTES[1][type] * values, "seconds": seconds}

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelora import artifact, labels, machine, models
+from edgelora import artifact, labels, machine, models, outline
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data import chat
 from edgelora.data.chat import Encoded
 from edgelora.data.split import Dataset
 from edgelora.errors import DataError, ModelError, Unsupported
-from edgelora.train import adapter, estimate, fit, load
+from edgelora.train import adapter, estimate, fit, load, room
 
 if TYPE_CHECKING:
     from edgelora.train import loop
@@ -70,7 +70,10 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     if left_out := len(dataset.train) - len(rows):
         notes.append(f"{left_out} training rows longer than train.max_tokens = {train.max_tokens} left out")
     tokens = sum(len(row.ids) for row in rows)
-    predicted = estimate.training(base.folder, train, tokens, [len(r.ids) for r in rows])
+    valid_tokens = sum(len(row.ids) for row in valid)
+    predicted = room.require(
+        outline.of(str(base.folder), Path()), train, [len(r.ids) for r in rows], estimate.here(train.dtype), valid_tokens
+    )
 
     started = time.monotonic()
     set_seed(recipe.seed)
@@ -120,7 +123,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
         "best_valid_loss": trainer.state.best_metric,
         "curve": [{"step": h["step"], "loss": h["loss"]} for h in history if "loss" in h],
         "valid_curve": [{"step": h["step"], "loss": h["eval_loss"]} for h in history if "eval_loss" in h],
-        "predicted": predicted,
+        "predicted": predicted.figures(),
         "measured": {
             "peak_rss_bytes": machine.peak_rss_bytes(),
             **({"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if load.device() == "cuda" else {}),

@@ -71,6 +71,12 @@ def cut(shape: Shape, lengths: Sequence[int], rows: int, steps: int, free: float
     return Cut(1, together, False, layers)
 
 
+def least_free(shape: Shape, longest: int) -> float:
+    """The memory (bytes) below which `cut` fits not even one row of `longest` tokens: weights in 4 bits, every layer recomputed."""
+    row = rounded_up(longest) * (shape.passing_bytes + (8 + 2 * shape.layers) * shape.hidden)
+    return (row + 2.0 * shape.linear / shape.layers + _HEAD_BYTES) / _SHARE
+
+
 def _recomputed(shape: Shape, tokens: int, room: float) -> int:
     """How many layers have to be recomputed for the rest to fit into `room`; more than there are when nothing helps."""
     lacking = tokens * shape.layers * shape.token_bytes - room
