@@ -245,9 +245,9 @@ def write(source: Checkpoint, folder: Path, progress: Callable[[float, str], Non
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def ranges(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Row ranges (first, last) of about VALUES_AT_ONCE values that begin at a multiple of `multiple`."""
-    rows, step = math.prod(shape[:-1]), multiple * max(1, VALUES_AT_ONCE // max(1, shape[-1] * multiple))
+def ranges(shape: tuple[int, ...], multiple: int = 1, values: int = 0) -> Iterator[tuple[int, int]]:
+    """Row ranges (first, last) of about `values` values (0: VALUES_AT_ONCE) that begin at a multiple of `multiple`."""
+    rows, step = math.prod(shape[:-1]), multiple * max(1, (values or VALUES_AT_ONCE) // max(1, shape[-1] * multiple))
     for first in range(0, rows, step):
         yield first, min(first + step, rows)
 

@@ -27,9 +27,8 @@ from edgelora import machine
 from edgelora.errors import ModelError
 from edgelora.export import architectures, gguf_file, gguf_tokenizer
 from edgelora.export.gguf_file import padded
-from edgelora.quant import ggml, gguf_types
+from edgelora.quant import compensate, ggml, gguf_types
 from edgelora.quant import importance as importances
-from edgelora.quant.compensate import Rounding
 from edgelora.quant.importance import Importance
 from edgelora.weights import Checkpoint, ranges
 
@@ -162,7 +161,7 @@ def write(
     importance: Importance | None = None,
     tensor_types: Sequence[str] = (),
     weights: Checkpoint | None = None,
-    rounding: Rounding | None = None,
+    rounding: compensate.Rounding | None = None,
     threads: int = 0,
 ) -> Path:
     """Write ``folder/name-type.gguf`` from the Hugging Face folder `model` and return its path.
@@ -308,7 +307,12 @@ def _values(tensor: _Tensor, layout: _Layout, first: int = 0, last: int | None =
 
 
 def _packed(
-    tensor: _Tensor, layout: _Layout, importance: Importance | None, pool: ThreadPoolExecutor, threads: int, rounding: Rounding | None
+    tensor: _Tensor,
+    layout: _Layout,
+    importance: Importance | None,
+    pool: ThreadPoolExecutor,
+    threads: int,
+    rounding: compensate.Rounding | None,
 ) -> Iterator[bytes]:
     """The tensor's bytes, a range of rows at a time: read, merged and quantized in `pool`, and given in order.
 
@@ -319,15 +323,16 @@ def _packed(
         yield np.asarray(tensor.values, dtype="<f4").tobytes()
         return
     source, weights = tensor.source, (importance or {}).get(tensor.name)
-    quantize = partial(ggml.quantize, type=tensor.type, importance=weights)
+    quantize, at_once = partial(ggml.quantize, type=tensor.type, importance=weights), 0
     if rounding is not None and len(tensor.shape) > 1:
+        at_once = compensate.VALUES_AT_ONCE
         quantize = partial(rounding.quantize, tensor.name, type=tensor.type)
 
     def pack(first: int, last: int) -> bytes:
         return _quantized(_values(tensor, layout, first, last), tensor.type, source.name, quantize)
 
     waiting: deque[Future[bytes]] = deque()
-    for first, last in ranges(tensor.shape, architectures.head_dim(layout.config) if source.change else 1):
+    for first, last in ranges(tensor.shape, architectures.head_dim(layout.config) if source.change else 1, at_once):
         waiting.append(pool.submit(pack, first, last))
         if len(waiting) > _RANGES_AHEAD * threads:
             yield waiting.popleft().result()

@@ -20,6 +20,8 @@ from edgelora.quant import ggml
 from edgelora.quant.ggml import Type
 from edgelora.quant.grids import GRIDS
 
+VALUES_AT_ONCE = 1 << 20  # columns are done one after the other, so many rows at once make their steps worth it
+
 
 def feedback(second_moments: np.ndarray, shrink: float) -> np.ndarray:
     """K_ij / K_jj above the diagonal, 0 elsewhere: how much of column i's error column j takes over. float32, shape (columns, columns).
