@@ -34,6 +34,7 @@ gate: $(STAMP)/base $(STAMP)/dev
 
 docs: $(STAMP)/base
 	$(BIN)/python tests/reference.py --write README.md
+	$(BIN)/python tests/recipe_headers.py --write
 	$(BIN)/python bench/results.py --write
 
 clean:
