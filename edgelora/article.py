@@ -19,6 +19,7 @@ from edgelora.train import estimate as training
 
 HOLDS, FAILS, UNDEFINED = "holds", "does not hold", "undefined"
 EPOCHS, ROW_TOKENS = (1, 3), (128, 256, 512)
+_DECISIVE = ((3, 256), (1, 128))  # epochs and tokens a row: where a claim has to hold, and where it must not fail
 _HALF_A_DAY_H, _TEN_DOLLARS = 12.0, 10.0
 _SEVEN, _THIRTEEN, _SEVENTY = (f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b"))
 
@@ -33,11 +34,11 @@ class Job:
     gpu: str
     hours: float | None
     dollars: float
-    remark: str = ""
+    undefined: str = ""  # what it names and does not exist
 
 
 JOBS = (
-    Job("7B, 10,000 FAQ rows", _SEVEN, 10_000, "a100-80gb", 1.0, 2.0, "it names an A100 8GB, which does not exist; taken for an A100 80GB"),
+    Job("7B, 10,000 FAQ rows", _SEVEN, 10_000, "a100-80gb", 1.0, 2.0, "on an A100 8GB: there is none; an A100 80GB is taken for it"),
     Job(
         "13B, 50,000 chat rows",
         _THIRTEEN,
@@ -45,7 +46,7 @@ JOBS = (
         "a100-80gb",
         None,
         7.0,
-        "it names Mistral-13B, which does not exist; taken for Llama-2-13B",
+        "of Mistral-13B: there is none; Llama-2-13B is taken for it",
     ),
     Job("70B, 200,000 rows, one H100", _SEVENTY, 200_000, "h100-80gb", 8.0, 40.0),
 )
@@ -90,15 +91,20 @@ def _lora() -> list[dict[str, Any]]:
 def _job(job: Job, table: Table) -> dict[str, Any]:
     base, gpu = outline.published(job.base), table.chosen([job.gpu])[0]
     cells = {(epochs, tokens): _cell(base, job, gpu, epochs, tokens) for epochs in EPOCHS for tokens in ROW_TOKENS}
-    claims = [("dollars", job.dollars)] + ([("hours", job.hours)] if job.hours else [])
+    limits = {"hours": job.hours, "dollars": job.dollars}
+    claims = [
+        {"claim": f"{limit:g} h" if name == "hours" else f"${limit:g}", "verdict": _verdict([cells[at][name] <= limit for at in _DECISIVE])}
+        for name, limit in limits.items()
+        if limit is not None
+    ]
+    most = {str(n): min(int(256 * limit / cells[n, 256][name]) for name, limit in limits.items() if limit is not None) for n in EPOCHS}
     return {
-        "claim": f"{job.what}: " + (f"{job.hours:g} h, " if job.hours else "") + f"${job.dollars:g}",
+        "job": job.what,
         "gpu": gpu.name,
         "dollars_an_hour": gpu.dollars,
-        "remark": job.remark,
+        "claims": claims + ([{"claim": job.undefined, "verdict": UNDEFINED}] if job.undefined else []),
         "cells": [{"epochs": epochs, "row_tokens": tokens, **cell} for (epochs, tokens), cell in cells.items()],
-        "verdict": _verdict([all(cell[name] <= limit for name, limit in claims) for cell in (cells[3, 256], cells[1, 128])]),
-        "most_tokens_a_row": {str(epochs): min(int(256 * limit / cells[epochs, 256][name]) for name, limit in claims) for epochs in EPOCHS},
+        "most_tokens_a_row": most,  # by epochs: up to where all its claims are kept
     }
 
 
@@ -132,8 +138,8 @@ def _half_a_day(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for job in jobs:
         cells = {(cell["epochs"], cell["row_tokens"]): cell for cell in job["cells"]}
-        fits = [cell["hours"] <= _HALF_A_DAY_H and cell["dollars"] <= _TEN_DOLLARS for cell in (cells[3, 256], cells[1, 128])]
-        found.append({"claim": f"{job['claim'].partition(':')[0]}: half a day and $10", "verdict": _verdict(fits)})
+        fits = [cell["hours"] <= _HALF_A_DAY_H and cell["dollars"] <= _TEN_DOLLARS for cell in map(cells.__getitem__, _DECISIVE)]
+        found.append({"claim": f"{job['job']}: half a day and $10", "verdict": _verdict(fits)})
     return found
 
 

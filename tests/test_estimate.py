@@ -196,11 +196,11 @@ def test_the_introductions_claims() -> None:
     assert "0.06% of a 7B" in lora["found"]
     assert "r of 27 to 54" in lora["found"]
     assert [row["verdict"] for row in found["sizes"]] == ["holds"] * 3
-    seven, thirteen, seventy = found["jobs"]
-    assert seven["verdict"] == thirteen["verdict"] == "holds"
-    assert "A100 8GB, which does not exist" in seven["remark"]
-    assert "Mistral-13B, which does not exist" in thirteen["remark"]
-    assert seventy["verdict"] == "undefined"  # one epoch of short rows fits into eight hours, three of longer ones do not
+    assert [[(claim["claim"], claim["verdict"]) for claim in job["claims"]] for job in found["jobs"]] == [
+        [("1 h", "holds"), ("$2", "holds"), ("on an A100 8GB: there is none; an A100 80GB is taken for it", "undefined")],
+        [("$7", "holds"), ("of Mistral-13B: there is none; Llama-2-13B is taken for it", "undefined")],
+        [("8 h", "undefined"), ("$40", "undefined")],  # one epoch of short rows fits, three of longer ones do not
+    ]
     for job in found["jobs"]:
         cells = {(cell["epochs"], cell["row_tokens"]): cell["hours"] for cell in job["cells"]}
         assert cells[1, 128] < cells[1, 256] < cells[3, 256] < cells[3, 512]

@@ -14,7 +14,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         "Estimates: nothing below was measured" + (" but what says so." if any(row["measured"] for row in found["devices"]) else "."),
         f"base: {found['base']}, {found['total_parameters']:,} parameters, {found['trained_parameters']:,} trained ({found['trained_share']:.2%}); "
         f"known from {found['base_known_from']}",
-        f"rows: {found['rows']:,} for training, {found['tokens']:,} tokens an epoch ({found['rows_counted']}), {plainest(found['epochs'])} epochs",
+        f"rows: {found['rows']:,} for training, {found['tokens']:,} tokens an epoch ({found['rows_counted']}), {_epochs(plainest(found['epochs']))}",
         "",
         *_table(
             ["", "needs", "training", "tokens/s", "$", "¥", "all steps", "$", "¥"],
@@ -38,21 +38,22 @@ def article(found: dict[str, Any]) -> list[str]:
     said = ["Estimates of this package beside the claims of an introduction to fine-tuning.", "", "LoRA against full fine-tuning (a 7B)"]
     said += [f"  {row['verdict']}: {row['claim']}\n    {row['found']}" for row in found["lora"]]
     for job in found["jobs"]:
-        said += [
-            "",
-            f"{job['claim']} ({job['gpu']} at ${job['dollars_an_hour']} an hour)",
-            f"  {job['verdict']}" + (f"; {job['remark']}" if job["remark"] else ""),
-        ]
+        said += ["", f"{job['job']} ({job['gpu']} at ${job['dollars_an_hour']} an hour)"]
+        said += [f"  {claim['verdict']}: {claim['claim']}" for claim in job["claims"]]
         cells = [
-            [f"{c['epochs']} epochs, {c['row_tokens']} tokens a row", seconds(3600 * c["hours"]), f"${c['dollars']:.2f}"]
+            [f"{_epochs(c['epochs'])}, {c['row_tokens']} tokens a row", seconds(3600 * c["hours"]), f"${c['dollars']:.2f}"]
             for c in job["cells"]
         ]
         said += [f"    {line}" for line in _table(["", "training", "costs"], cells)]
-        most = ", ".join(f"{tokens:,} in {epochs} epoch{'s' * (epochs != '1')}" for epochs, tokens in job["most_tokens_a_row"].items())
-        said.append(f"    the claim is kept up to so many tokens a row: {most}")
+        most = ", ".join(f"{tokens:,} in {_epochs(epochs)}" for epochs, tokens in job["most_tokens_a_row"].items())
+        said.append(f"    its time and price are kept up to so many tokens a row: {most}")
     said += ["", "Sizes in FP16"] + [f"  {row['verdict']}: {row['claim']}; {size(row['bytes'])}" for row in found["sizes"]]
     said += ["", "半日+10ドル (half a day and ten dollars)"]
     return said + [f"  {row['verdict']}: {row['claim']}" for row in found["half_a_day_and_ten_dollars"]]
+
+
+def _epochs(count: Any) -> str:
+    return f"{count} epoch{'' if str(count) == '1' else 's'}"
 
 
 def _row(row: dict[str, Any]) -> list[str]:
