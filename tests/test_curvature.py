@@ -120,3 +120,17 @@ def test_what_trained_badly_is_named(tmp_path: Path) -> None:
 def test_no_rows_are_an_error() -> None:
     with pytest.raises(ModelError, match="at least one row"):
         curvature.collect(None, [], quiet)
+
+
+def test_a_small_change_of_weights_that_were_born_on_a_grid_counts_in_every_matrix_at_once(tiny: Tiny) -> None:
+    name = "blk.0.attn_q.weight"
+    random = np.random.default_rng(0)
+    wide = random.standard_normal((tiny.curvature.outputs[name].shape[1], len(tiny.curvature.moments(name)))).astype(np.float32)
+    born = ggml.dequantize(ggml.quantize(wide, ggml.Type.Q4_1), ggml.Type.Q4_1)
+    tuned = born + 0.01 * random.standard_normal(born.shape).astype(np.float32)
+    rounding = Rounding(lambda name: None, False, 0.0)
+    for values, own in ((wide, False), (tuned, True)):
+        alone, together = (sensitivity.costs(name, values, tiny.curvature, rounding, matrices) for matrices in (1, 7))
+        ratios = {kind: together[kind] / alone[kind] for kind in alone}
+        assert ratios[ggml.Type.Q4_1] == pytest.approx(7 if own else 1)
+        assert ratios[ggml.Type.Q5_0] == ratios[ggml.Type.Q8_0] == 1

@@ -92,7 +92,7 @@ def _costs(
 
     def options(key: str, compensated: bool) -> tuple[Option, ...]:
         matrix = matrices[key]
-        costs = sensitivity.costs(key, matrix.read(), found, compensate.Rounding(moments, compensated, _SHRINK))
+        costs = sensitivity.costs(key, matrix.read(), found, compensate.Rounding(moments, compensated, _SHRINK), len(matrices))
         return tuple(Option(kind.name, matrix.bytes(kind), cost) for kind, cost in costs.items())
 
     menus: dict[str, dict[str, tuple[Option, ...]]] = {rounding: {} for rounding in _ROUNDINGS}
