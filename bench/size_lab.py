@@ -24,7 +24,6 @@ from edgelora.quant import curvature, ggml
 from edgelora.quant.compensate import Rounding
 from edgelora.quant.curvature import EMBEDDING, Curvature
 from edgelora.quant.ggml import Type
-from edgelora.weights import ranges
 
 TOKENS_AT_ONCE = 8192
 
@@ -279,7 +278,8 @@ class Files:
         """The GGUF file itself, out of the bytes that were measured."""
         from edgelora.export import gguf
 
-        place, whole = self.folder, {name: self.lab.values(model, name) for name in {EMBEDDING, self.lab.head}}
+        place = self.folder
+        first_rows = {n: {row.tobytes(): i for i, row in enumerate(self.lab.values(model, n))} for n in {EMBEDDING, self.lab.head}}
 
         class Stored(Rounding):
             """Bytes that were packed before; a large matrix is asked for in ranges of rows, found by their first row."""
@@ -288,7 +288,7 @@ class Files:
                 packed = np.load(Job(model, name, type, how).file(place), mmap_mode="r")
                 if len(packed) == len(values):
                     return np.array(packed)
-                first = next(f for f, _ in ranges(whole[name].shape) if np.array_equal(whole[name][f], values[0]))
+                first = first_rows[name][values[0].tobytes()]
                 return np.array(packed[first : first + len(values)])
 
         by_hand = [f"^{name.replace('.', '[.]')}$={kind.name.lower()}" for name, kind in types.items()]

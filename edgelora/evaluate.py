@@ -33,10 +33,13 @@ class Losses:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Per row: summed KL(reference || model) in nats, answer tokens whose most likely next token agrees, answer tokens."""
+    """Per row: summed KL(reference || model) in nats; answer tokens where the most likely one is the reference's, and where
+    it is the true one (`right`); answer tokens.
+    """
 
     nats: np.ndarray
     agreed: np.ndarray
+    right: np.ndarray
     tokens: np.ndarray
     losses: Losses
     reference: Losses
@@ -59,7 +62,7 @@ def answer_scores(session: Session, rows: Sequence[Encoded]) -> list[np.ndarray]
 
 def divergence(reference: Session | Sequence[np.ndarray], model: Session | Sequence[np.ndarray], rows: Sequence[Encoded]) -> Divergence:
     """How far `model` is from `reference` on the answer tokens of `rows`; each is a session, or its `answer_scores`."""
-    nats, agreed, own, theirs = [], [], [], []
+    nats, agreed, right, own, theirs = [], [], [], [], []
     for number, row in enumerate(rows):
         p, q = (
             (scorer[number] if isinstance(scorer, Sequence) else answer_scores(scorer, [row])[0]).astype(np.float64)
@@ -68,10 +71,13 @@ def divergence(reference: Session | Sequence[np.ndarray], model: Session | Seque
         true = (np.arange(len(q)), np.array(row.ids)[list(row.trained)])
         nats.append(np.maximum(0.0, (np.exp(p) * (p - q)).sum()))  # rounding alone makes it negative
         agreed.append((p.argmax(-1) == q.argmax(-1)).sum())
+        right.append((q.argmax(-1) == true[1]).sum())
         own.append(-q[true].sum())
         theirs.append(-p[true].sum())
     tokens = np.array([row.n_trained for row in rows])
-    return Divergence(np.array(nats), np.array(agreed), tokens, Losses(np.array(own), tokens), Losses(np.array(theirs), tokens))
+    return Divergence(
+        np.array(nats), np.array(agreed), np.array(right), tokens, Losses(np.array(own), tokens), Losses(np.array(theirs), tokens)
+    )
 
 
 def interval(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:

@@ -18,7 +18,9 @@ from edgelora.data.row import Row
 from edgelora.errors import DataError
 
 if TYPE_CHECKING:
+    from edgelora.data.chat import Encoded
     from edgelora.data.split import Dataset
+    from edgelora.runtime import Session
 
 _MOST = 1000  # labels; all of them are scored for every row that is judged
 
@@ -53,6 +55,16 @@ def ids(tokenizer: Any, prompt: Sequence[tuple[str, str]], labels: Sequence[str]
         whole = chat.encode(tokenizer, Row((*prompt, ("assistant", label)), 0))
         answers.append(list(whole.ids[len(whole.prompt) :]))
     return list(whole.prompt), answers
+
+
+def hits(session: Session, rows: Sequence[Encoded], answers: Sequence[Sequence[int]]) -> np.ndarray:
+    """Per row 1.0 where the right label is chosen, 0.0 where another is; `answers`: ids of every label, as `ids` gives them."""
+    known = [tuple(answer) for answer in answers]
+    found = []
+    for row in rows:
+        chosen = int(log_shares(session.score_answers(row.prompt, answers)).argmax())
+        found.append(known[chosen] == row.ids[len(row.prompt) :])
+    return np.array(found, dtype=float)
 
 
 def log_shares(scores: Sequence[np.ndarray]) -> np.ndarray:

@@ -126,11 +126,12 @@ class Export:
     target: Literal["web"] | None = None  # web: beside it a folder that browsers load, with a page to chat (ONNX)
     max_size: str | None = None  # e.g. 90MB, instead of a type: the best type for every tensor within that size (GGUF)
     max_kl: float | None = None  # or: the smallest file that is predicted to stay that close to the trained model, nats a token (GGUF)
+    min_score: float | None = None  # or: the smallest file that was measured to score that on `valid`, above 0 and at most 1 (GGUF)
 
     @property
     def planned(self) -> bool:
-        """Whether a plan chooses the types, to keep a size or a loss."""
-        return self.max_size is not None or self.max_kl is not None
+        """Whether a plan chooses the types, to keep a size, a loss or a score."""
+        return any(limit is not None for limit in (self.max_size, self.max_kl, self.min_score))
 
 
 @dataclass(frozen=True)
@@ -305,17 +306,19 @@ def _limits(recipe: Recipe) -> list[str]:
 
 
 def budget_problem(section: Export) -> str | None:
-    """What is wrong with an export's max_size or max_kl; None when it asks for neither, or in a way that can be served."""
-    if section.max_size is None and section.max_kl is None:
+    """What is wrong with an export's max_size, max_kl or min_score; None when it asks for none, or in a way that can be served."""
+    if not section.planned:
         return None
     if section.format != "gguf":
         return f"{section.format} cannot be planned to a size or loss: name a type, or export to gguf"
     if section.type is not None or section.tensor_types:
         return "a type and a budget exclude one another: the plan chooses a type for every tensor"
-    if section.max_size is not None and section.max_kl is not None:
-        return "max_size and max_kl at once: name one, the other is measured and reported"
+    if sum(limit is not None for limit in (section.max_size, section.max_kl, section.min_score)) > 1:
+        return "max_size, max_kl and min_score exclude one another: name one, the others are measured and reported"
     if section.max_kl is not None and section.max_kl <= 0:
         return f"max_kl: {section.max_kl} should be above 0"
+    if section.min_score is not None and not 0 < section.min_score <= 1:
+        return f"min_score: {section.min_score} should be above 0 and at most 1"
     if section.max_size is not None:
         try:
             size_bytes(section.max_size)

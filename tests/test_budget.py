@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from transformers import AutoConfig
 
-from edgelora import artifact, pipeline, tuned
+from edgelora import artifact, labels, pipeline, tuned
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.cli import cli
@@ -19,6 +20,7 @@ from edgelora.data.chat import Encoded
 from edgelora.errors import ModelError, Unsupported, UsageError
 from edgelora.export import budget, gguf
 from edgelora.gguf_header import read_header
+from edgelora.runtime import runtime
 from tests.tiny_models import tiny_model
 
 
@@ -36,14 +38,16 @@ def rows(model: Path, count: int, seed: int) -> list[Encoded]:
     return [Encoded(tuple(ids), (False,) * 8 + (True,) * 16) for ids in words]
 
 
-def made(model: Path, out: Path, section: recipes.Export, plan: Path | None = None, kl: float = 5.0) -> Artifact:
+def made(
+    model: Path, out: Path, section: recipes.Export, plan: Path | None = None, kl: float = 5.0, judges: list[Encoded] | None = None
+) -> Artifact:
     known = budget.measure(tuned.plain(model, "key"), "16bit", rows(model, 24, 0), "tiny", 1, out, "", quiet)
     return budget.export(
         tuned.plain(model, "key"),
         section,
         name="tiny",
         known=known,
-        rows=rows(model, 12, 1),
+        rows=judges or rows(model, 12, 1),
         rows_from={"valid": "select"},
         limits=recipes.Evaluate(verify_rows=4, max_kl=kl),
         threads=1,
@@ -76,10 +80,10 @@ def test_the_file_keeps_its_size_and_is_what_was_planned(model: Path, exported: 
 
 
 def test_the_better_of_the_measured_files_is_kept(exported: Artifact) -> None:
-    tried = exported.facts["plan"]["candidates"]
-    kept = next(row for row in tried if row["rounding"] == exported.facts["plan"]["kept"])
-    assert {row["rounding"] for row in tried} == {"compensated", "nearest"}
-    assert kept["kl"] == min(row["kl"] for row in tried)
+    near = [row for row in exported.facts["plan"]["candidates"] if abs(row["size_bytes"] / exported.facts["size_bytes"] - 1) < 0.05]
+    kept = next(row for row in near if row["rounding"] == exported.facts["plan"]["kept"])
+    assert {row["rounding"] for row in near} == {"compensated", "nearest"}
+    assert kept["kl"] == min(row["kl"] for row in near)
     assert exported.facts["kl"] < 2 * kept["kl"]  # on the first rows alone
 
 
@@ -96,6 +100,72 @@ def test_the_frontier_falls_from_the_smallest_to_the_largest(exported: Artifact)
     assert len(points) > 5
 
 
+def test_smaller_and_larger_files_are_measured_too_and_kept_beside_the_plan(exported: Artifact) -> None:
+    measured = exported.facts["plan"]["candidates"]
+    sizes = [row["size_bytes"] for row in measured]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < exported.facts["size_bytes"] < sizes[-1]
+    assert measured[0]["kl"] > measured[-1]["kl"]
+    assert all(0 <= row["score_low"] <= row["score"] <= row["score_high"] <= 1 for row in measured)
+    plan = json.loads((exported.path / budget.PLAN).read_text())
+    assert plan["candidates"] == measured
+    assert plan["frontier"] == exported.facts["plan"]["frontier"]
+    assert [file.suffix for file in exported.path.iterdir()].count(".gguf") == 1
+
+
+def test_the_smallest_file_of_a_score(model: Path, exported: Artifact) -> None:
+    """Answers that are the model's own first choices: Q8_0 gets nearly all of them right."""
+    found = made(model, exported.path.parent, recipes.Export("gguf", min_score=0.7), judges=own_answers(model))
+    tried = found.facts["plan"]["candidates"]
+    assert found.facts["size_bytes"] == min(row["size_bytes"] for row in tried if row["score"] >= 0.7)
+    assert found.facts["size_bytes"] < max(row["size_bytes"] for row in tried)
+    assert any(row["score"] < 0.7 for row in tried)
+    assert found.path.name.startswith("gguf-min-score-0.7-")
+    with pytest.raises(Unsupported, match=r"a score of 0\.99 cannot be reached: the largest plan, .* MB, scores 0\.\d+ on 12 rows"):
+        made(model, exported.path.parent, recipes.Export("gguf", min_score=0.99))
+
+
+def own_answers(model: Path) -> list[Encoded]:
+    """Rows whose answers are what the model itself finds likeliest, a token at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = []
+    for row in rows(model, 12, 3):
+        ids = list(row.ids[:8])
+        with torch.no_grad():
+            while len(ids) < 24:
+                ids.append(int(torch_model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        found.append(Encoded(tuple(ids), row.trained))
+    return found
+
+
+def test_labels_are_scored_by_the_label_that_is_chosen(model: Path) -> None:
+    """Against every label's log-likelihood computed by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    answers = [[5, 6, 2], [7, 2], [8, 9, 10, 2]]
+    questions = [row.ids[:8] for row in rows(model, 6, 4)]
+    chosen = []
+    for question in questions:
+        means = []
+        for answer in answers:
+            with torch.no_grad():
+                scores = torch.log_softmax(torch_model(input_ids=torch.tensor([[*question, *answer]])).logits[0, 7:-1], -1)
+            means.append(float(scores.gather(1, torch.tensor(answer)[:, None]).mean()))
+        chosen.append(int(np.argmax(means)))
+    given = [
+        [*question, *answers[label if i % 2 else (label + 1) % 3]]
+        for i, (question, label) in enumerate(zip(questions, chosen, strict=True))
+    ]
+    encoded = [Encoded(tuple(ids), (False,) * 8 + (True,) * (len(ids) - 8)) for ids in given]
+    with runtime("torch").open(model, 1) as session:
+        assert labels.hits(session, encoded, answers).tolist() == [0.0, 1.0] * 3
+
+
 def test_a_plan_is_used_again_without_comparing(model: Path, exported: Artifact) -> None:
     again = made(model, exported.path.parent, recipes.Export("gguf", max_size="1GB"), plan=exported.path / budget.PLAN)
     assert len(again.facts["plan"]["candidates"]) == 1
@@ -103,8 +173,12 @@ def test_a_plan_is_used_again_without_comparing(model: Path, exported: Artifact)
 
 
 def test_what_cannot_be_reached_names_what_can(model: Path, exported: Artifact) -> None:
-    with pytest.raises(Unsupported) as caught:
+    with pytest.raises(Unsupported, match=r"^0\.0 MB cannot be reached") as caught:
         made(model, exported.path.parent, recipes.Export("gguf", max_size="10kB"))
+    assert "vocabulary" not in caught.value.hint  # a file of 10 kB has no room for any
+    with pytest.raises(Unsupported) as caught:
+        made(model, exported.path.parent, recipes.Export("gguf", max_size=f"{exported.facts['plan']['frontier'][0]['size_bytes'] - 500}B"))
+    assert re.search(r"; on 12 rows it has a KL of \S+ \[\S+, \S+\] and a score of 0\.\d\d$", caught.value.message)
     smallest = budget.menus(
         budget.measure(tuned.plain(model, "key"), "16bit", rows(model, 24, 0), "tiny", 1, exported.path.parent, "", quiet)
     )
@@ -113,9 +187,13 @@ def test_what_cannot_be_reached_names_what_can(model: Path, exported: Artifact) 
 
 
 def test_a_loss_instead_of_a_size(model: Path, exported: Artifact) -> None:
-    wanted = 0.8 * min(row["predicted_kl"] for row in exported.facts["plan"]["candidates"])
+    wanted = 0.8 * next(
+        row["predicted_kl"] for row in exported.facts["plan"]["candidates"] if row["size_bytes"] == exported.facts["size_bytes"]
+    )
     found = made(model, exported.path.parent, recipes.Export("gguf", max_kl=wanted))
-    assert all(row["predicted_kl"] <= wanted for row in found.facts["plan"]["candidates"])
+    kept = [row for row in found.facts["plan"]["candidates"] if row["size_bytes"] == found.facts["size_bytes"]]
+    assert kept
+    assert all(row["predicted_kl"] <= wanted for row in kept)
     assert exported.facts["size_bytes"] < found.facts["size_bytes"] < size_of(model, "f16")
     with pytest.raises(Unsupported, match="cannot be reached: the best plan has"):
         made(model, exported.path.parent, recipes.Export("gguf", max_kl=1e-12))
@@ -180,6 +258,8 @@ def test_a_plan_of_another_model_is_refused(model: Path, exported: Artifact, tmp
         recipes.Export("onnx", max_size="1MB"),
         recipes.Export("gguf", "q4_0", max_size="1MB"),
         recipes.Export("gguf", max_size="1MB", max_kl=0.1),
+        recipes.Export("gguf", max_kl=0.1, min_score=0.5),
+        recipes.Export("gguf", min_score=1.5),
     ],
 )
 def test_contradictions_are_refused(section: recipes.Export) -> None:

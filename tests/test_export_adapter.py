@@ -151,7 +151,7 @@ def test_an_adapter_of_another_base(finished: Line, tmp_path: Path) -> None:
 def candidate(base: str, nats: list[float], kl: float) -> merge.Candidate:
     tokens = np.full(len(nats), 10)
     own = Losses(np.array(nats), tokens)
-    return merge.Candidate(base, Divergence(np.full(len(nats), 10 * kl), tokens, tokens, own, own))
+    return merge.Candidate(base, Divergence(np.full(len(nats), 10 * kl), tokens, tokens, tokens, own, own))
 
 
 def test_the_lower_loss_is_kept_unless_it_went_astray() -> None:

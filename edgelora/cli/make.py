@@ -199,6 +199,11 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
 @click.option(
     "--max-kl", type=float, help="Instead of a type: the smallest file predicted to stay that close to the model, nats a token (GGUF)."
 )
+@click.option(
+    "--min-score",
+    type=float,
+    help="Instead of a type: the smallest file measured to get that share of --rows' answers right, e.g. 0.8 (GGUF).",
+)
 @click.option("--plan", "plan_", type=PATH, help="Types of an earlier --max-size export: its plan.json. Nothing is compared again.")
 @click.option("--imatrix", type=PATH, help="Importance matrix (GGUF); default what `edgelora run` measured on this model, if anything.")
 @click.option("--rows", type=PATH, help="Rows (question, answer) on which the file is compared with the model; default texts of our own.")
@@ -221,6 +226,7 @@ def export(
     target_: Literal["web"] | None,
     max_size: str | None,
     max_kl: float | None,
+    min_score: float | None,
     plan_: Path | None,
     imatrix: Path | None,
     rows: Path | None,
@@ -246,10 +252,12 @@ def export(
     from edgelora.runtime import runtime
     from edgelora.train import pissa
 
-    if plan_ and not (max_size or max_kl):
+    if plan_ and not (max_size or max_kl or min_score):
         max_size = f"{size_plan.read_plan(plan_)[0].size_bytes}B"
     section = exports.resolve(
-        recipes.Export(format_, type_, bool(imatrix) or None, tensor_types, block, activations, exporter, target_, max_size, max_kl)
+        recipes.Export(
+            format_, type_, bool(imatrix) or None, tensor_types, block, activations, exporter, target_, max_size, max_kl, min_score
+        )
     )
     module = exports.format_module(format_)
     if imatrix and module.CALIBRATION != "importance":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -16,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from edgelora import artifact, evaluate, merge
+from edgelora import artifact, labels, merge, models
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
-from edgelora.errors import ModelError
+from edgelora.errors import ModelError, Unsupported
 from edgelora.export import beside, gguf, verify
+from edgelora.export.referee import Referee
 from edgelora.export.reference import Reference
 from edgelora.quant import compensate, curvature, ggml, sensitivity, size_plan
 from edgelora.quant.ggml import Type
 from edgelora.quant.size_plan import Menu, Option, Plan
-from edgelora.runtime import runtime
 from edgelora.tuned import Tuned
 from edgelora.weights import Checkpoint
 
@@ -45,10 +46,10 @@ _NAMES = {
 
 
 def label(section: recipes.Export) -> str:
-    """What stands for the type in names: max-90mb, or max-kl-0.1."""
+    """What stands for the type in names: max-90mb, max-kl-0.1 or min-score-0.8."""
     if section.max_size is not None:
         return "max-" + section.max_size.replace(" ", "").lower()
-    return f"max-kl-{section.max_kl:g}"
+    return f"min-score-{section.min_score:g}" if section.min_score is not None else f"max-kl-{section.max_kl:g}"
 
 
 def measure(
@@ -161,38 +162,37 @@ def export(
         reference = model.as_trained(rows, threads)
 
         def write(rounding: str, chosen: Plan, step: Progress) -> Path:
-            place = scratch / rounding
-            place.mkdir(exist_ok=True)
+            place = Path(tempfile.mkdtemp(dir=scratch))
             return _write(described, name, model.merged(base), moments, chosen, _ROUNDINGS[rounding], place, step, threads)
 
         def widest() -> Path:
             return gguf.write(described, "f16", scratch, "widest", lambda share, text: None, weights=model.merged(base), threads=threads)
 
         menus_ = menus(known)
+        referee = Referee(write, reference, rows, _answers(described, model), threads)
+        step = _part(progress, 0.1, 0.8)
         if plan:
             given, compensated = size_plan.read_plan(plan)
-            plans = {"compensated" if compensated else "nearest": given}
+            kept, tried = referee.best({"compensated" if compensated else "nearest": given}, step)
+        elif section.min_score is not None:
+            kept, tried = referee.smallest("compensated", menus_["compensated"], section.min_score, step)
         else:
-            plans = {rounding: _planned(menu, section) for rounding, menu in menus_.items()}
-        tried = []
-        for number, (rounding, chosen) in enumerate(plans.items()):
-            step = _part(progress, 0.1 + 0.8 * number / len(plans), 0.8 / len(plans))
-            written = write(rounding, chosen, step)
-            with runtime(gguf.RUNTIME).open(written, threads) as session:
-                measured = evaluate.divergence_summary(evaluate.divergence(reference, session, rows))
-            tried.append({"rounding": rounding, "size_bytes": written.stat().st_size, "predicted_kl": chosen.kl, **measured})
-        kept = min(tried, key=lambda row: row["kl"])
-        chosen = plans[kept["rounding"]]
-        final = (scratch / kept["rounding"] / _file_name(name)).rename(folder / f"{name}-{kind}.gguf")
+            kept, tried = referee.best(_planned(menus_, section, referee, step), _part(step, 0.0, 0.4))
+            tried += referee.neighbours(kept, menus_[kept.rounding], _part(step, 0.4, 0.6))
+        chosen = kept.plan
+        final = kept.file.rename(folder / f"{name}-{kind}.gguf")
         progress(0.9, f"opening {final.name} in {gguf.RUNTIME}")
         found = verify.verify(
             described, final, gguf.RUNTIME, reference, checked, limits.max_kl, threads,
             full_precision=widest, merged=lambda: Reference(described, model.merged(base), None, checked, threads),
         )  # fmt: skip
-        size_plan.write_plan(folder / PLAN, chosen, _ROUNDINGS[kept["rounding"]])
+        frontier = {
+            "candidates": [one.as_row() for one in sorted(tried, key=lambda one: one.plan.size_bytes)],
+            "frontier": [{"size_bytes": p.size_bytes, "predicted_kl": p.kl} for p in menus_[kept.rounding].frontier()],
+        }
+        size_plan.write_plan(folder / PLAN, chosen, _ROUNDINGS[kept.rounding], frontier)
         weights = gguf.mixture(described, *_types(chosen, gguf.matrices(described, name, model.merged(base))[1], {}), model.merged(base))
         shutil.rmtree(scratch)
-        frontier = [{"size_bytes": p.size_bytes, "predicted_kl": p.kl} for p in menus_[kept["rounding"]].frontier()]
         facts = {
             "file": final.name,
             "format": "gguf",
@@ -202,7 +202,7 @@ def export(
             "predicted_bytes": chosen.size_bytes,
             **found,
             "weights": weights,
-            "plan": {"kept": kept["rounding"], "candidates": tried, "frontier": frontier},
+            "plan": {"kept": kept.rounding, **frontier},
             **({"labels": list(model.labels)} if model.labels else {}),
         }
         beside.write(folder, facts, origin or beside.origin(model), name, model.system)
@@ -229,7 +229,7 @@ def export(
 def predict(model: Path, section: recipes.Export, name: str) -> tuple[int, dict[str, Any]]:
     """The bytes of a plan made from the header alone, as if every weight mattered alike, and what its matrices would be.
 
-    The real plan knows which matter and keeps the same limit. For max_kl, which says nothing about bytes, the largest plan.
+    The real plan knows which matter and keeps the same limit. For max_kl and min_score, which say nothing about bytes, the largest plan.
     """
     fixed, matrices = gguf.matrices(model, name)
     weights = {key: math.prod(matrix.shape) for key, matrix in matrices.items()}
@@ -251,8 +251,9 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
     """What was tried, as text."""
     found = facts["plan"]
     return [
-        f"{row['rounding']} rounding: {row['size_bytes'] / 1e6:.2f} MB, KL {row['kl']:.3g} [{row['kl_low']:.3g}, {row['kl_high']:.3g}] "
-        f"({row['predicted_kl']:.3g} predicted), loss {row['loss']:.3f}" + (", kept" if row["rounding"] == found["kept"] else "")
+        f"{row['size_bytes'] / 1e6:.2f} MB, {row['rounding']} rounding: KL {row['kl']:.3g} [{row['kl_low']:.3g}, {row['kl_high']:.3g}] "
+        f"({row['predicted_kl']:.3g} predicted), loss {row['loss']:.3f}, score {row['score']:.3f}"
+        + (", kept" if (row["rounding"], row["size_bytes"]) == (found["kept"], facts["size_bytes"]) else "")
         for row in found["candidates"]
     ] + [
         "predicted frontier (MB: KL): "
@@ -262,10 +263,25 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _planned(menu: Menu, section: recipes.Export) -> Plan:
-    if section.max_size is not None:
-        return menu.plan(recipes.size_bytes(section.max_size))
-    return menu.plan_within(float(section.max_kl or 0.0))
+def _planned(menus: Mapping[str, Menu], section: recipes.Export, referee: Referee, progress: Progress) -> dict[str, Plan]:
+    """The plan of each way of rounding; Unsupported, with the measured quality of what can be reached, when none keeps the budget."""
+    if section.max_size is None:
+        return {rounding: menu.plan_within(float(section.max_kl or 0.0)) for rounding, menu in menus.items()}
+    most = recipes.size_bytes(section.max_size)
+    if most < min(menu.smallest().size_bytes for menu in menus.values()):
+        least, _ = referee.best({"compensated": menus["compensated"].smallest()}, progress)
+        found = least.measured
+        raise Unsupported(
+            f"{most / 1e6:.1f} MB cannot be reached: the smallest file is {least.plan.size_bytes / 1e6:.1f} MB ({least.plan.size_bytes} bytes); "
+            f"on {found['rows']} rows it has a KL of {found['kl']:.2g} [{found['kl_low']:.2g}, {found['kl_high']:.2g}] and a score of {found['score']:.2f}",
+            menus["compensated"].ways(most),
+        )
+    return {rounding: menu.plan(most) for rounding, menu in menus.items()}
+
+
+def _answers(described: Path, model: Tuned) -> list[list[int]]:
+    """Ids of every label's answer, none when the model does not choose between labels."""
+    return labels.ids(models.open_tokenizer(described), [("user", "")], model.labels)[1] if model.labels else []
 
 
 def _write(

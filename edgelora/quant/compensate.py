@@ -23,9 +23,6 @@ from edgelora.quant.grids import GRIDS
 VALUES_AT_ONCE = 1 << 20  # columns are done one after the other, so many rows at once make their steps worth it
 
 
-_VALUES_AT_ONCE = 1 << 22  # 16 MiB in float32: copies of a whole embedding would take gigabytes
-
-
 def feedback(second_moments: np.ndarray, shrink: float) -> np.ndarray:
     """K_ij / K_jj above the diagonal, 0 elsewhere: how much of column i's error column j takes over. float32, shape (columns, columns).
 
@@ -46,7 +43,7 @@ def quantize(values: np.ndarray, type: Type, taken_over: np.ndarray, importance:
     `taken_over` comes from `feedback`; `importance` as in `ggml.quantize`, which chooses the scales. Rows do not depend on
     one another.
     """
-    step = max(1, _VALUES_AT_ONCE // values.shape[1])
+    step = max(1, VALUES_AT_ONCE // values.shape[1])
     return np.concatenate([_quantized(values[i : i + step], type, taken_over, importance) for i in range(0, len(values), step)])
 
 

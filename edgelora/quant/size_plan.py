@@ -59,7 +59,7 @@ class Menu:
             raise Unsupported(
                 f"{max_bytes / 1e6:.1f} MB cannot be reached: the smallest file is {smallest.size_bytes / 1e6:.1f} MB "
                 f"({smallest.size_bytes} bytes){smallest_loss}",
-                f"ask for that or more, take a smaller base, or trim its vocabulary: {self._largest_share()}",
+                self.ways(max_bytes),
             ) from None
 
     def plan_within(self, kl: float) -> Plan:
@@ -76,12 +76,12 @@ class Menu:
     def smallest(self) -> Plan:
         return self._plan(self._frontier.choose(self._frontier.smallest))
 
-    def frontier(self) -> list[Plan]:
+    def frontier(self, points: int = _POINTS) -> list[Plan]:
         """Best plans from the smallest to the largest size that pays, evenly spaced, none twice."""
         least, most = self._frontier.smallest, self._frontier.largest
         found: dict[int, Plan] = {}
-        for i in range(_POINTS):
-            plan = self._plan(self._frontier.choose(least + (most - least) * i // (_POINTS - 1)))
+        for i in range(points):
+            plan = self._plan(self._frontier.choose(least + (most - least) * i // (points - 1)))
             found.setdefault(plan.size_bytes, plan)
         return list(found.values())
 
@@ -95,10 +95,15 @@ class Menu:
         types = {name: self.options[name][o].type for name, o in zip(self.options, chosen, strict=True)}
         return Plan(types, self.fixed_bytes + size, cost)
 
-    def _largest_share(self) -> str:
+    def ways(self, max_bytes: int) -> str:
+        """What would bring the smallest file down to `max_bytes`."""
         least = {name: min(o.bytes for o in item) for name, item in self.options.items()}
-        name = max(least, key=lambda n: least[n])
-        return f"{name} alone is {least[name] / 1e6:.1f} MB at its smallest"
+        total, name = self.fixed_bytes + sum(least.values()), max(least, key=lambda n: least[n])
+        share = (total - max_bytes) / least[name]
+        trimmed = f"or one whose vocabulary is trimmed by {share:.0%} ({name} alone is {least[name] / 1e6:.1f} MB at its smallest)"
+        return f"ask for {-(-total // 10**5) / 10:.1f}MB or more, or take another base: one of {max_bytes / total:.0%} of its size" + (
+            f", {trimmed}" if share < 1 else ""
+        )
 
 
 def menu_as_dict(menu: Menu) -> dict[str, Any]:
@@ -111,14 +116,15 @@ def menu_of(values: Mapping[str, Any]) -> Menu:
     return Menu({name: tuple(Option(*o) for o in item) for name, item in values["options"].items()}, values["fixed_bytes"])
 
 
-def write_plan(path: Path, plan: Plan, compensated: bool) -> None:
-    """A plan as a file that `read_plan` takes: types by tensor, and how they are to be rounded."""
+def write_plan(path: Path, plan: Plan, compensated: bool, frontier: Mapping[str, Any]) -> None:
+    """A plan as a file that `read_plan` takes: types by tensor, how they are to be rounded, and for people the whole `frontier`."""
     values = {
         "schema": SCHEMA,
         "size_bytes": plan.size_bytes,
         "predicted_kl": plan.kl,
         "compensated": compensated,
         "types": dict(plan.types),
+        **frontier,
     }
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 

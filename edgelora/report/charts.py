@@ -166,7 +166,7 @@ def training(doc: Doc) -> Markup:
 
 
 def frontiers(doc: Doc) -> list[Markup]:
-    """Of every file that was planned: what sizes near its own would cost, predicted, and what the written candidates really cost."""
+    """Of every file that was planned: what sizes near its own would cost, predicted, and what files that were written really cost."""
     figures = []
     for row in tables.rows(doc, "files"):
         size, plan = row.get("size_bytes"), tables.section(row, "plan")
@@ -177,7 +177,7 @@ def frontiers(doc: Doc) -> list[Markup]:
             points = [
                 (p["size_bytes"] / 1e6, p[key]) for p in tables.rows(plan, section) if f.known(p.get("size_bytes")) and f.known(p.get(key))
             ]
-            near = sorted((x, y) for x, y in points if abs(x * 1e6 - size) < 0.3 * size)
+            near = sorted((x, y) for x, y in points if abs(x * 1e6 - size) < 0.45 * size)
             if near:
                 lines.append((name, near))
         if lines:

@@ -29,6 +29,7 @@ _MEANINGS = {
     "before": "the untuned base exported to the same type",
     "after": "the exported file",
     "change": "relative change of the loss, rows paired: -0.3 is 30 % lower",
+    "score": "share of rows whose label is chosen; without labels, of answer tokens that are the model's first choice",
     "frontier": "least predicted KL at every size, planned for this model and these rows",
     "parts": "bytes of each group of tensors by type",
     "bench": "one row a file, runtime and prompt length, measured on `machine`",

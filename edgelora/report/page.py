@@ -45,7 +45,7 @@ def _report(doc: Mapping[str, Any]) -> list[Markup]:
         _section(
             "Size, quality and speed" if tables.rows(doc, "bench") else "Size and quality", charts.files(doc), _table(tables.files(doc))
         ),
-        _section("Size against loss", *charts.frontiers(doc)),
+        _section("Size against loss", *charts.frontiers(doc), _table(tables.plans(doc))),
         _section("Where the MB go", _beside(charts.anatomy(doc), _table(tables.anatomy(doc)))),
         _section("Loss before and after" if _has_before(doc) else "Loss", *_losses(doc)),
         _section("Labels", _table(tables.accuracy(doc)), _beside(confusion.drawing(doc), _table(confusion.mistakes(doc)))),

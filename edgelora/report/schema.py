@@ -96,9 +96,24 @@ REPORT: dict[str, Any] = {
                 "grid": {"type": str, "share": float, "error": float},  # of the base's matrices, that lie on one already
                 "kept": {str: float},
             },
-            "plan": {  # of a file planned to a size or a loss: both ways of rounding, measured on the rows that choose, and what other sizes would cost
+            "plan": {  # of a file planned to a size, a loss or a score: what was measured on the rows that choose, and what other sizes would cost
                 "kept": str,
-                "candidates": [{"rounding": str, "size_bytes": int, "kl": float, "predicted_kl": float, "loss": float}],
+                "candidates": [
+                    {
+                        "rounding": str,
+                        "size_bytes": int,
+                        "predicted_kl": float,
+                        "kl": float,
+                        "kl_low": float,
+                        "kl_high": float,
+                        "loss": float,
+                        "score": float,
+                        "score_low": float,
+                        "score_high": float,
+                        "rows": int,
+                        "tokens": int,
+                    }
+                ],
                 "frontier": [{"size_bytes": int, "predicted_kl": float}],
             },
             "base_file": str,  # of an adapter, beside it

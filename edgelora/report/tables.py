@@ -226,6 +226,36 @@ def group_bytes(types: Mapping[str, Any]) -> int:
     return sum(int(n) for n in types.values() if f.known(n))
 
 
+def plans(doc: Row) -> Table:
+    """What was really measured of every file that was planned: its candidates, and smaller and larger ones."""
+    tried = [
+        {
+            **row,
+            "file": file.get("file"),
+            "kept": (row.get("rounding"), row.get("size_bytes")) == (plan.get("kept"), file.get("size_bytes")),
+        }
+        for file in rows(doc, "files")
+        for plan in [section(file, "plan")]
+        for row in rows(plan, "candidates")
+    ]
+    return tabulate(
+        tried,
+        [
+            Column("File", text("file"), numeric=False),
+            Column("Size", of("size_bytes", f.size), by="size_bytes"),
+            Column("Rounding", text("rounding"), numeric=False),
+            Column("KL, predicted", of("predicted_kl", f.number), by="predicted_kl"),
+            Column("KL on valid", lambda row: f.within(row.get("kl"), row.get("kl_low"), row.get("kl_high"), f.number), by="kl"),
+            Column("Loss on valid", of("loss", f.loss), by="loss"),
+            Column(
+                "Score on valid", lambda row: f.within(row.get("score"), row.get("score_low"), row.get("score_high"), f.percent), by="score"
+            ),
+            Column("n", lambda row: f.sample(row.get("rows"), row.get("tokens"))),
+            Column("Kept", lambda row: f"{PASS}kept" if row["kept"] else "", numeric=False),
+        ],
+    )
+
+
 def merge(doc: Row) -> Table:
     tried = [{**row, "file": m["file"], "kept": m.get("kept") == row.get("base")} for m in merges(doc) for row in rows(m, "candidates")]
     return tabulate(

@@ -1,0 +1,117 @@
+"""What plans are really worth: each is written as a file and run in the runtime of its users, on rows that choose.
+
+Predictions only say which plans to try. The task's score is a share of 1: with labels, of rows whose label is chosen;
+else, of answer tokens that are the model's first choice given all before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelora import evaluate, labels
+from edgelora.data.chat import Encoded
+from edgelora.errors import Unsupported
+from edgelora.export import gguf
+from edgelora.export.reference import Reference
+from edgelora.quant.size_plan import Menu, Plan
+from edgelora.runtime import runtime
+
+Progress = Callable[[float, str], None]
+Write = Callable[[str, Plan, Progress], Path]  # the way of rounding, what to write, and whom to tell
+
+_NEIGHBOURS = (0.85, 1.15, 1.4)  # times the size of the file that is kept: what less and more would give
+_STEPS = 16  # of the frontier that a score is looked for on
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan, how it was rounded, its file, and what was measured of it."""
+
+    rounding: str
+    plan: Plan
+    file: Path
+    measured: Mapping[str, Any]
+
+    def as_row(self) -> dict[str, Any]:
+        return {"rounding": self.rounding, "size_bytes": self.plan.size_bytes, "predicted_kl": self.plan.kl, **self.measured}
+
+
+@dataclass(frozen=True)
+class Referee:
+    """`answers`: ids of every label of a classification, none for other tasks."""
+
+    write: Write
+    reference: Reference
+    rows: Sequence[Encoded]
+    answers: Sequence[Sequence[int]]
+    threads: int
+
+    def __call__(self, rounding: str, plan: Plan, progress: Progress) -> Tried:
+        """Write and measure a plan; the file stays where it was written."""
+        file = self.write(rounding, plan, progress)
+        with runtime(gguf.RUNTIME).open(file, self.threads) as session:
+            found = evaluate.divergence(self.reference, session, self.rows)
+            if self.answers:
+                right = labels.hits(session, self.rows, self.answers)
+                score = right, np.ones(len(right))
+            else:
+                score = found.right, found.tokens
+        low, high = evaluate.interval(*score)
+        share = float(score[0].sum() / score[1].sum())
+        return Tried(rounding, plan, file, {**evaluate.divergence_summary(found), "score": share, "score_low": low, "score_high": high})
+
+    def best(self, plans: Mapping[str, Plan], progress: Progress) -> tuple[Tried, list[Tried]]:
+        """The candidate that is nearest to the model as trained, and all of them. Files of the others are removed."""
+        tried = [self(rounding, plan, _part(progress, i, len(plans))) for i, (rounding, plan) in enumerate(plans.items())]
+        kept = min(tried, key=lambda one: one.measured["kl"])
+        for one in tried:
+            if one is not kept:
+                one.file.unlink()
+        return kept, tried
+
+    def neighbours(self, kept: Tried, menu: Menu, progress: Progress) -> list[Tried]:
+        """Smaller and larger files by the same way of rounding, measured and removed."""
+        sizes = [int(max(menu.smallest().size_bytes, factor * kept.plan.size_bytes)) for factor in _NEIGHBOURS]
+        plans = {plan.size_bytes: plan for plan in map(menu.plan, sizes) if plan.size_bytes != kept.plan.size_bytes}
+        found = []
+        for i, plan in enumerate(plans.values()):
+            found.append(self(kept.rounding, plan, _part(progress, i, len(plans))))
+            found[-1].file.unlink()
+        return found
+
+    def smallest(self, rounding: str, menu: Menu, score: float, progress: Progress) -> tuple[Tried, list[Tried]]:
+        """The smallest file whose measured score is at least `score`, by bisection over the frontier, and all that were measured.
+
+        Unsupported when even the largest scores less. That a larger file scores no less is taken for granted between two that
+        were measured, so another one in between may hold too.
+        """
+        plans = menu.frontier(_STEPS)
+        worst, best = -1, len(plans) - 1
+        steps = 1 + best.bit_length()
+        kept = self(rounding, plans[best], _part(progress, 0, steps))
+        tried = [kept]
+        if kept.measured["score"] < score:
+            raise Unsupported(
+                f"a score of {score:g} cannot be reached: the largest plan, {kept.plan.size_bytes / 1e6:.1f} MB, scores "
+                f"{kept.measured['score']:.3f} on {len(self.rows)} rows",
+                "ask for less, train longer, or take a larger base",
+            )
+        while best - worst > 1:
+            middle = (worst + best) // 2
+            tried.append(self(rounding, plans[middle], _part(progress, len(tried), steps)))
+            if tried[-1].measured["score"] >= score:
+                kept.file.unlink()
+                kept, best = tried[-1], middle
+            else:
+                tried[-1].file.unlink()
+                worst = middle
+        return kept, tried
+
+
+def _part(progress: Progress, number: int, of: int) -> Progress:
+    return lambda share, text: progress((number + share) / of, text)
