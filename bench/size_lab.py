@@ -279,7 +279,7 @@ class Files:
         from edgelora.export import gguf
 
         place = self.folder
-        first_rows = {n: {row.tobytes(): i for i, row in enumerate(self.lab.values(model, n))} for n in {EMBEDDING, self.lab.head}}
+        whole = {name: self.lab.values(model, name) for name in {EMBEDDING, self.lab.head}}
 
         class Stored(Rounding):
             """Bytes that were packed before; a large matrix is asked for in ranges of rows, found by their first row."""
@@ -288,7 +288,8 @@ class Files:
                 packed = np.load(Job(model, name, type, how).file(place), mmap_mode="r")
                 if len(packed) == len(values):
                     return np.array(packed)
-                first = first_rows[name][values[0].tobytes()]
+                starts = np.flatnonzero((whole[name][:, :8] == values[0, :8]).all(1))
+                first = next(i for i in starts if np.array_equal(whole[name][i : i + len(values)], values))
                 return np.array(packed[first : first + len(values)])
 
         by_hand = [f"^{name.replace('.', '[.]')}$={kind.name.lower()}" for name, kind in types.items()]

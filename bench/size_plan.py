@@ -130,8 +130,10 @@ class Study:
             keep({name: self.lab.values(model, name) for name in self.lab.matrices}, self.place / model / "values")
         self.references = {rows: [p for _, p, _ in self.lab.predictions(getattr(self, rows))] for rows in ("valid", "sealed")}
         self.tuned = self.lab.measure(self.sealed, self.references["sealed"])
-        self.lab.show("base")
-        self.base = self.lab.measure(self.sealed, self.references["sealed"])
+        self.base = self.tuned
+        if "base" in self.lab.checkpoints:
+            self.lab.show("base")
+            self.base = self.lab.measure(self.sealed, self.references["sealed"])
         self.say(f"curvature of {found['64'].answers} answer tokens, {len(self.sealed)} sealed rows; {time.monotonic() - began:.0f} s")
 
     def rivals(self) -> list[File]:
@@ -194,6 +196,9 @@ class Study:
             )
             for n in self.lab.matrices
         }
+        if not all(options.values()):
+            self.say(f"no plans by {how.name}: not all matrices were rounded in time")
+            return []
         menu, made = Menu(options, self.files.fixed), []
         for budget in budgets:
             if budget * MB >= menu.smallest().size_bytes:
