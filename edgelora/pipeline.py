@@ -95,7 +95,7 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
                     threads=threads(recipe),
                     out=out,
                     prefix=prefix,
-                    importance=_importance(recipe, source, wanted, dataset, out, prefix, progress),
+                    importance=_importance(recipe, source, written, wanted, dataset, out, prefix, progress),
                     origin=beside.origin(replace(source, name=base.name), _data_licence(recipe), recipe.data.attribution),
                     progress=_within(progress, done, 1 / (2 * len(recipe.exports))),
                 )
@@ -159,22 +159,24 @@ def _planned(
 
 
 def _importance(
-    recipe: recipes.Recipe, model: tuned.Tuned, section: recipes.Export, dataset: Dataset, out: Path, prefix: str, progress: Progress
+    recipe: recipes.Recipe,
+    model: tuned.Tuned,
+    tuned_model: tuned.Tuned,
+    section: recipes.Export,
+    dataset: Dataset,
+    out: Path,
+    prefix: str,
+    progress: Progress,
 ) -> Path | None:
-    """What the format's rounding wants measured on training rows, once for all exports; None for an export that gains nothing from it."""
+    """What the format's rounding wants measured on training rows, once for all exports; None for an export that gains nothing from it.
+
+    Moments are those of the tuned model for the untuned one beside it too: the inputs hardly differ, and they cost a minute.
+    """
     if not exports.weighed(model.base, section):
         return None
+    step = lambda share, text: progress("importance", share, text)  # noqa: E731
     if exports.format_module(section.format).CALIBRATION == "moments":
-        return (
-            moments.measure(
-                model,
-                planning_rows(recipe, model.base, dataset),
-                out,
-                lambda share, text: progress("importance", share, text),
-                prefix=prefix,
-            ).path
-            / moments.FILE
-        )
+        return moments.measure(tuned_model, planning_rows(recipe, model.base, dataset), out, step).path / moments.FILE
     made = importance.measure(
         model.base,
         model.key,
@@ -182,7 +184,7 @@ def _importance(
         dataset,
         recipe.train.max_tokens,
         out,
-        lambda share, text: progress("importance", share, text),
+        step,
         adapter=model.adapter,
         prefix=prefix,
     )
