@@ -20,7 +20,7 @@ import torch
 from edgelora import machine, models
 from edgelora import recipe as recipes
 from edgelora.data import chat, split
-from edgelora.train import adapter, attention, layer, load, loop, packing
+from edgelora.train import adapter, attention, dealing, layer, load, loop, packing
 from edgelora.train.graph import Recorder
 
 
@@ -56,14 +56,14 @@ def main() -> None:
     recorder = Recorder(step, adapters[2])
     optimizer = torch.optim.AdamW(adapters[0], lr=recipe.train.lr, weight_decay=0.0)
     exact, even = packing.Collator(longest), packing.Collator(longest, even=True)
-    sampler = packing.Sampler([len(row.ids) for row in rows], options.rows, 0)
-    order: list[int] = []
+    sampler = packing.Sampler([len(row.ids) for row in rows], dealing.Division(options.rows, options.rows), 0)
+    batches: list[list[int]] = []
     found: dict[str, Any] = {"machine": machine.describe(), "torch": torch.__version__, "steps": []}
     for number in range(options.steps):
-        if len(order) < options.rows:
+        if not batches:
             sampler.set_epoch(number)
-            order = list(sampler)
-        chosen, order = [rows[i] for i in order[: options.rows]], order[options.rows :]
+            batches = list(sampler)
+        chosen = [rows[i] for i in batches.pop(0)]
         batch = {name: value.cuda() for name, value in exact(chosen).items()}
         count = (batch["labels"] != -100).sum()
         losses, gradients = [], []

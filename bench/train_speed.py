@@ -112,12 +112,11 @@ def ours(shape: str, batch: int, tokens: int, steps: int, warmup: int, folder: P
     trainer.args.load_best_model_at_end = False
     trainer.train()
     rates = [(b - a) * batch * tokens / (y - x) for a, b, x, y in zip(read, read[1:], times, times[1:], strict=False)]
-    args = trainer.args
     return {
         "tok_per_s": statistics.median(rates),
         "tok_per_s_thirds": rates,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
-        "rows_at_once": args.per_device_train_batch_size,
+        "rows_at_once": trainer.division.rows,
         "recomputed_layers": trainer.recomputed,
         "kernels": trainer.obstacle or "fused",
         "attention": attention.kernel(torch.bfloat16),

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from edgelora import __version__
+from edgelora import __version__, processes
 from edgelora.errors import DataError, DiskFull, EdgeloraError, ModelError, UsageError
 
 MANIFEST = "manifest.json"
@@ -113,8 +113,18 @@ def build(
     hidden folder is handed to `make` again; otherwise it is removed first. Errors leave no folder under the final name.
     """
     key = stage_key(kind, made_from, recipe, versions)
-    final = parent / f"{name}-{key[:8]}"
+    final = place(parent, name, kind, made_from, recipe, versions)
     return _build(final, kind, key, make, made_from, recipe, versions, rows or {}, resumable)
+
+
+def place(parent: Path, name: str, kind: str, made_from: Mapping[str, str], recipe: Mapping[str, Any], versions: Mapping[str, str]) -> Path:
+    """Where `build` puts an artifact that is made from these."""
+    return parent / f"{name}-{stage_key(kind, made_from, recipe, versions)[:8]}"
+
+
+def unfinished(final: Path) -> Path:
+    """The hidden folder that becomes `final`."""
+    return final.parent / f".{final.name}.partial"
 
 
 def build_as(
@@ -149,7 +159,7 @@ def _build(
         raise DataError(f"sealed reports and was to {use}", "choose on `valid`: what selects never reports")
     if final.exists():
         return load(final)
-    work = final.parent / f".{final.name}.partial"
+    work = unfinished(final)
     with writing(final.parent):
         if not resumable:
             shutil.rmtree(work, ignore_errors=True)
@@ -187,7 +197,10 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process, so that two runs never write into it at once."""
+    """Hold `folder` for this process, so that two runs never write into it at once. Of several processes the first holds it for all."""
+    if processes.index():
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

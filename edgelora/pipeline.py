@@ -42,16 +42,26 @@ class Result:
 
 def run(recipe: recipes.Recipe, progress: Progress) -> Result:
     """Everything, once. Raises before the first second of training when a later stage cannot work here."""
+    with artifact.locked(recipe.out_dir):
+        base, dataset = _ready(recipe)
+        return _stages(recipe, base, dataset, recipe.out_dir, progress)
+
+
+def prepare(recipe: recipes.Recipe) -> None:
+    """What `run` does before it trains, for whoever trains elsewhere first."""
+    with artifact.locked(recipe.out_dir):
+        _ready(recipe)
+
+
+def _ready(recipe: recipes.Recipe) -> tuple[models.Base, Dataset]:
     from edgelora import preflight
 
-    out = recipe.out_dir
-    with artifact.locked(out):
-        dataset = split.load(recipe)
-        roofline.chosen(roofline.load(), recipe.bench.estimate)  # an unknown device is told now, not after the training
-        preflight.packages(recipe)
-        base = models.open_base(recipe.base, recipe.folder, out)
-        preflight.resources(recipe, base, dataset)
-        return _stages(recipe, base, dataset, out, progress)
+    dataset = split.load(recipe)
+    roofline.chosen(roofline.load(), recipe.bench.estimate)  # an unknown device is told now, not after the training
+    preflight.packages(recipe)
+    base = models.open_base(recipe.base, recipe.folder, recipe.out_dir)
+    preflight.resources(recipe, base, dataset)
+    return base, dataset
 
 
 def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Path, progress: Progress) -> Result:

@@ -12,15 +12,16 @@ from edgelora.export import remarks, sizes
 from edgelora.train import adapter, estimate
 
 
-def plan(recipe: recipes.Recipe) -> dict[str, Any]:
-    """Rows, parameters, predicted memory (bytes), time (seconds) and sizes (bytes). A GGUF base is converted on the way."""
+def plan(recipe: recipes.Recipe, gpus: int = 1) -> dict[str, Any]:
+    """Rows, parameters, predicted memory (bytes; of each GPU), time (seconds) and sizes (bytes). A GGUF base is converted on the way."""
     dataset = split.load(recipe)
     base = outline.of(recipe.base, recipe.folder)
     if base.gguf is not None:
         base = replace(base, folder=models.open_base(recipe.base, recipe.folder, recipe.out_dir).folder)
     found = lengths.of(recipe, base, dataset)
     trained = adapter.parameters(base.shapes, recipe.train)
-    predicted = estimate.training(base, recipe.train, found.train, estimate.here(recipe.train.dtype), found.valid)
+    device = replace(estimate.here(recipe.train.dtype), processes=gpus)
+    predicted = estimate.training(base, recipe.train, found.train, device, found.valid)
     return {
         "name": recipe.name,
         "base": base.name,

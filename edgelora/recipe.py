@@ -99,8 +99,8 @@ class Train:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.05  # share of all steps
     epochs: float = 3.0
-    batch: int = 4  # rows a step and device
-    accumulate: int = 4  # steps added up before the weights move
+    batch: int = 4  # rows a step
+    accumulate: int = 4  # steps added up before the weights move; several GPUs share batch x accumulate rows
     max_tokens: int = 512  # longer rows are an error naming the row
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the arithmetic
     patience: int = 2  # epochs without a better `valid` loss before stopping; 0: never

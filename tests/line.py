@@ -86,11 +86,11 @@ def edgelora(*arguments: object, cwd: Path, stdin: bytes = b"") -> Done:
         return Done(process.exitcode if process.exitcode is not None else -signal.SIGKILL, read["out"], read["err"])
 
 
-def start(*arguments: object, cwd: Path, said: Path, stdin: bytes = b"") -> BaseProcess:
-    """Begin a command; its stdout and stderr go to the files `out` and `err` in `said`."""
+def start(*arguments: object, cwd: Path, said: Path, stdin: bytes = b"", gpus: int | None = None) -> BaseProcess:
+    """Begin a command; its stdout and stderr go to the files `out` and `err` in `said`. It believes in so many `gpus`; what it starts does not."""
     for name, content in (("in", stdin), ("out", b""), ("err", b"")):
         (said / name).write_bytes(content)
-    process = _FORKS.Process(target=_main, args=([str(a) for a in arguments], str(cwd), str(said)))
+    process = _FORKS.Process(target=_main, args=([str(a) for a in arguments], str(cwd), str(said), gpus))
     process.start()
     return process
 
@@ -102,13 +102,17 @@ def kill(process: BaseProcess) -> None:
     process.join(10)
 
 
-def _main(arguments: Sequence[str], cwd: str, said: str) -> None:
+def _main(arguments: Sequence[str], cwd: str, said: str, gpus: int | None) -> None:
     os.setsid()
     os.chdir(cwd)
     for number, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", os.O_WRONLY), ("err", os.O_WRONLY))):
         os.dup2(os.open(f"{said}/{name}", mode), number)
     sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115 - lives as long as the process
     sys.argv = ["edgelora", *arguments]
+    if gpus is not None:
+        import torch
+
+        torch.cuda.device_count = lambda: gpus
     from edgelora.cli import main
 
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from edgelora import recipe as recipes
 from edgelora.data.chat import Encoded
 from edgelora.errors import EdgeloraError
-from edgelora.train import adapter, attention, fit, layer, load, loop, packing
+from edgelora.train import adapter, attention, dealing, fit, layer, load, loop, packing
 from edgelora.train.loss import SummedLoss
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
@@ -177,17 +178,33 @@ def test_sizes_of_even_batches_are_few() -> None:
 def test_every_row_once_in_batches_of_even_sums() -> None:
     chance = random.Random(0)
     lengths = [int(chance.lognormvariate(4, 0.7)) + 1 for _ in range(1003)]
-    sampler = packing.Sampler(lengths, 8, seed=3)
+    sampler = packing.Sampler(lengths, dealing.Division(8, 8), seed=3)
     orders = []
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
-        order = list(sampler)
-        assert sorted(order) == list(range(1003))
-        sums = [sum(lengths[i] for i in order[begin : begin + 8]) for begin in range(0, 1000, 8)]
-        assert max(sums[:120]) / min(sums[:120]) < 1.5
-        orders.append(order)
+        batches = list(sampler)
+        assert [len(batch) for batch in batches] == [8] * 125 + [3]
+        assert sorted(itertools.chain(*batches)) == list(range(1003))
+        sums = [sum(lengths[i] for i in batch) for batch in batches[:120]]
+        assert max(sums) / min(sums) < 1.5
+        orders.append(batches)
     assert orders[0] == orders[2] != orders[1]
-    assert list(packing.Sampler(lengths, 8, seed=4)) != orders[0]
+    assert list(packing.Sampler(lengths, dealing.Division(8, 8), seed=4)) != orders[0]
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(8, 1), (4, 1), (3, 1), (1, 1), (4, 2), (2, 2), (3, 3), (1, 5), (1, 8)])
+def test_an_update_has_the_same_rows_however_they_are_divided(rows: int, processes: int) -> None:
+    chance = random.Random(0)
+    lengths = [chance.randrange(10, 100) for _ in range(83)]
+    whole = list(packing.Sampler(lengths, dealing.Division(8, 8), seed=3))
+    division = dealing.Division(8, rows, processes)
+    shares = [list(packing.Sampler(lengths, division, 3, process)) for process in range(processes)]
+    assert {len(share) for share in shares} == {division.epoch(83)} == {len(packing.Sampler(lengths, division, 3))}
+    assert all(len(batch) <= rows for share in shares for batch in share)
+    for number, update in enumerate(whole):
+        steps = slice(number * division.steps, (number + 1) * division.steps)
+        assert sorted(i for share in shares for batch in share[steps] for i in batch) == sorted(update)
+    assert len(whole) == -(-division.epoch(83) // division.steps)
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
@@ -213,10 +230,11 @@ LLAMA_70B = fit.Shape(layers=80, hidden=8192, inner=28672, attention=8192, keys=
 
 def test_what_fits_a_gpu_is_found_out() -> None:
     rows = [2048] * 64
-    assert fit.cut(LLAMA_8B, rows, 4, 1, 74e9) == fit.Cut(4, 1, keep=True, recompute=0)
-    assert fit.cut(LLAMA_8B, rows, 4, 1, 30e9).steps > 1  # fewer rows at once, before anything is recomputed
+    assert fit.cut(LLAMA_8B, rows, 4, 1, 74e9) == fit.Cut(dealing.Division(4, 4), keep=True, recompute=0)
+    assert fit.cut(LLAMA_8B, rows, 16, 4, 74e9).division == dealing.Division(16, 4, 4)
+    assert fit.cut(LLAMA_8B, rows, 4, 1, 30e9).division.steps > 1  # fewer rows at once, before anything is recomputed
     large = fit.cut(LLAMA_70B, rows, 4, 1, 44e9)
-    assert (large.rows, large.steps, large.keep) == (1, 4, False)
+    assert (large.division.rows, large.division.steps, large.keep) == (1, 4, False)
     assert 0 <= large.recompute < 40
     with pytest.raises(EdgeloraError, match="one row of 2048 tokens does not fit"):
         fit.cut(LLAMA_70B, rows, 4, 1, 3e9)

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from edgelora import __version__
+from edgelora import __version__, processes
 from edgelora.cli import bench, data, estimate, judge, make, size, use
 from edgelora.errors import EdgeloraError
 
@@ -40,10 +40,12 @@ def main() -> None:
         code = cli.main(standalone_mode=False, obj=state)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
-        error.show()
+        if processes.index() == 0:
+            error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; finished stages are kept, the same command continues", err=True)
+        if processes.count() == 1:  # else the launcher says it
+            click.echo("interrupted; finished stages are kept, the same command continues", err=True)
         sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output is gone: nothing to say, nobody to say it to
@@ -51,10 +53,12 @@ def main() -> None:
     except EdgeloraError as error:
         if state.get("debug"):
             raise
+        processes.before_complaining(foreseen=True)
         click.echo(f"error: {error.message}" + (f"\n{error.hint}" if error.hint else ""), err=True)
-        sys.exit(error.exit_code)
+        processes.leave(error.exit_code)
     except Exception as error:
         if state.get("debug"):
             raise
+        processes.before_complaining(foreseen=False)
         click.echo(f"error: {type(error).__name__}: {error}\nthis is a fault of edgelora; --debug shows where", err=True)
-        sys.exit(EdgeloraError.exit_code)
+        processes.leave(EdgeloraError.exit_code)

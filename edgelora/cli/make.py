@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from edgelora.cli import lines
-from edgelora.cli.output import DRY_RUN, OUT, PATH, RECIPE, SET, Output, calm_libraries, command, load_recipe
+from edgelora.cli.output import DRY_RUN, GPUS, OUT, PATH, RECIPE, SET, Output, calm_libraries, command, load_recipe
 from edgelora.cli.reading import reading
 from edgelora.errors import CheckFailed, UsageError
 
@@ -62,9 +62,10 @@ def init(echo: Output, data: Path, output: Path | None, base: str | None, readin
 @RECIPE
 @SET
 @OUT
+@GPUS
 @DRY_RUN
 @command
-def run(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool) -> None:
+def run(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None, gpus: int, dry_run: bool) -> None:
     """Fine-tune, merge, export, verify, evaluate, bench, report and check, as a recipe says.
 
     Finished stages are kept: the same command continues a run that was interrupted.
@@ -74,12 +75,16 @@ def run(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None
     """
     loaded = load_recipe(recipe, overrides, out)
     if dry_run:
-        _plan(echo, loaded)
+        _plan(echo, loaded, gpus)
         return
-    from edgelora import pipeline
+    from edgelora import pipeline, processes
     from edgelora.check import broken
 
     calm_libraries()
+    if gpus > 1:
+        processes.check_gpus(gpus)
+        pipeline.prepare(loaded)
+        _train_on(gpus, echo, recipe, overrides, out, silent=True)
     with echo.progress() as progress:
         result = pipeline.run(loaded, progress)
     echo.result(
@@ -95,29 +100,38 @@ def run(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None
 @RECIPE
 @SET
 @OUT
+@GPUS
 @DRY_RUN
 @command
-def finetune(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool) -> None:
+def finetune(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None, gpus: int, dry_run: bool) -> None:
     """Train a LoRA adapter on a base held in 4-bit NF4 (QLoRA) or in 16 bits (LoRA).
+
+    Several GPUs share the rows before each update (train.batch x train.accumulate): the adapter is the one that a single GPU trains.
+    --gpus starts a process a GPU through accelerate launch.
 
     \b
     Example:  edgelora finetune quickstart --set train.epochs=1 --out runs/try
     """
     loaded = load_recipe(recipe, overrides, out)
     if dry_run:
-        _plan(echo, loaded)
+        _plan(echo, loaded, gpus)
         return
-    from edgelora import artifact, doctor, models, preflight
+    from edgelora import artifact, doctor, models, preflight, processes
     from edgelora.data import split
     from edgelora.train import pissa
     from edgelora.train.finetune import finetune as train
 
     calm_libraries()
     doctor.require(preflight.TRAINING)
-    with echo.progress() as progress, artifact.locked(loaded.out_dir):
-        dataset = split.load(loaded)
-        base = models.open_base(loaded.base, loaded.folder, loaded.out_dir)
-        base = pissa.start(loaded.train, base, loaded.out_dir, lambda share, text: progress("decompose", share, text))
+    if gpus > 1:
+        processes.check_gpus(gpus)
+        _train_on(gpus, echo, recipe, overrides, out)
+        return
+    with echo.progress() as progress, processes.joined(), artifact.locked(loaded.out_dir):
+        with processes.first_alone():
+            dataset = split.load(loaded)
+            base = models.open_base(loaded.base, loaded.folder, loaded.out_dir)
+            base = pissa.start(loaded.train, base, loaded.out_dir, lambda share, text: progress("decompose", share, text))
         made = train(loaded, base, dataset, loaded.out_dir, lambda share, text: progress("fine-tune", share, text))
     facts = made.facts
     echo.result(
@@ -356,12 +370,21 @@ def export(
     echo.result({"path": str(path), **facts}, *lines.file(facts), f"file: {path}")
 
 
-def _plan(echo: Output, recipe: recipes.Recipe) -> None:
+def _train_on(gpus: int, echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None, *, silent: bool = False) -> None:
+    """`edgelora finetune` in a process a GPU; `silent`: it prints no result."""
+    from edgelora import processes
+
+    options = [f"--set={item}" for item in overrides] + ([f"--out={out}"] if out else [])
+    options += [f"--{name}" for name, on in (("json", echo.as_json), ("quiet", echo.quiet), ("debug", echo.debug)) if on]
+    processes.launch(["finetune", *options, "--", str(recipe)], gpus, silent=silent, debug=echo.debug)
+
+
+def _plan(echo: Output, recipe: recipes.Recipe, gpus: int) -> None:
     from edgelora import doctor, plan, preflight
 
     calm_libraries()
     doctor.require(preflight.TRAINING)
-    found = plan.plan(recipe)
+    found = plan.plan(recipe, gpus)
     echo.result(found, *plan.lines(found))
 
 

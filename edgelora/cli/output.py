@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelora import processes
+from edgelora.errors import UsageError
+
 if TYPE_CHECKING:
     from edgelora import recipe as recipes
 
@@ -20,6 +23,7 @@ PATH = click.Path(path_type=Path)
 RECIPE = click.argument("recipe", type=PATH)
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting, e.g. train.lr=2e-4. Repeatable.")
 OUT = click.option("--out", type=PATH, help="Folder of the results; default runs/<name of the recipe>.")
+GPUS = click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="Train on so many GPUs of this machine.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Print the plan (sizes, memory, time) and stop.")
 
 
@@ -27,9 +31,15 @@ class Output:
     """What a command says: one JSON document or lines on stdout, progress on stderr."""
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
-        self.as_json, self.quiet = as_json, quiet
+        self.as_json, self.quiet = as_json, quiet or processes.index() > 0
+
+    @property
+    def debug(self) -> bool:
+        return bool(click.get_current_context().find_root().ensure_object(dict).get("debug"))
 
     def result(self, document: Any, *lines: str) -> None:
+        if processes.index():
+            return
         if self.as_json:
             click.echo(json.dumps(document, ensure_ascii=False, indent=1, default=str))
         else:
@@ -76,6 +86,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @click.option("--quiet", is_flag=True, help="No progress bars.")
     @click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show the traceback of an error.")
     def wrapper(as_json: bool, quiet: bool, **arguments: Any) -> None:
+        if processes.count() > 1 and function.__name__ != "finetune":
+            raise UsageError(f"{function.__name__} is no work for several processes", "start it without accelerate launch")
         function(Output(as_json=as_json, quiet=quiet), **arguments)
 
     wrapper.__name__, wrapper.__doc__ = function.__name__, function.__doc__

@@ -21,7 +21,7 @@ from edgelora import recipe as recipes
 from edgelora.errors import EdgeloraError
 from edgelora.outline import Outline
 from edgelora.train import adapter, fit
-from edgelora.train.dealing import deal, rounded_up
+from edgelora.train.dealing import Division, deal, rounded_up
 
 NF4 = 0.5 + 1 / 64 + 4 / 16384  # bytes a weight: 4 bits, a byte a block of 64, 4 bytes every 256 blocks (double quantization)
 CONTEXT_BYTES = 0.6e9  # what CUDA and its libraries take of a GPU beside torch's own memory
@@ -60,11 +60,12 @@ class Device:
     bandwidth_bytes_per_s: float
     bf16: bool = True
     attention: Literal["cuDNN", "flash", "blocks"] = "flash"  # what computes it: `attention.kernel`
+    processes: int = 1  # that share the rows of an update, each on a device of its own like this one
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory (bytes), how a step is cut, and time (seconds) of one training on one device."""
+    """Memory (bytes; of each device), how an update is cut, and time (seconds) of one training."""
 
     device: Device
     parts: Mapping[str, float]  # what the peak consists of
@@ -115,10 +116,10 @@ def training(outline: Outline, train: recipes.Train, lengths: Sequence[int], dev
     cut = job.cut(lengths)
     recorded = device.kind == "cuda" and job.why is None and cut.keep
     sample = lengths[:_SAMPLE]
-    most = max(sum(sample[i] for i in batch) for batch in deal(sample, min(cut.rows, len(sample))))
     tokens, together = sum(lengths), train.batch * train.accumulate
+    most = max(sum(sample[i] for i in batch) for rows in deal(sample, together) for batch in cut.division.batches(sample, rows))
     again = 1 + cut.recompute / job.shape.layers / 2  # forwards a second time: a third of the products, and nothing kept for them
-    step_s = tokens / len(lengths) * together * job.token_s(lengths, cut) * again
+    step_s = tokens / len(lengths) * together * job.token_s(lengths, cut) * again / device.processes
     if device.kind == "cuda":
         launch = _LAUNCH_S["recorded" if recorded else "fused" if job.why is None else "plain"]
         step_s = max(step_s, cut.steps * job.shape.layers * launch * again) + _STEP_S
@@ -180,12 +181,14 @@ class _Job:
         """How `finetune.make_trainer` cuts a step; of what cannot fit, the least that could be tried."""
         train, layers = self.train, self.shape.layers
         if self.why is not None or self.device.kind == "cpu":
-            return fit.Cut(train.batch, train.accumulate, keep=self.why is None, recompute=layers if train.checkpointing else 0)
+            division = Division.of(train.batch, train.accumulate, self.device.processes)
+            return fit.Cut(division, keep=self.why is None, recompute=layers if train.checkpointing else 0)
         free = self.device.memory_bytes - CONTEXT_BYTES - self.held - 4 * self.trained
+        together, processes = train.batch * train.accumulate, self.device.processes
         try:
-            return fit.cut(self.shape, lengths[:_SAMPLE], train.batch, train.accumulate, free, recompute=train.checkpointing)
+            return fit.cut(self.shape, lengths[:_SAMPLE], together, processes, free, recompute=train.checkpointing)
         except EdgeloraError:
-            return fit.Cut(1, train.batch * train.accumulate, keep=False, recompute=layers)
+            return fit.Cut(Division(together, 1, processes), keep=False, recompute=layers)
 
     def least(self, longest: int) -> float:
         """What a GPU has to have for the layers to be replaced at all; nothing is asked of one where they are not."""
@@ -218,7 +221,8 @@ class _Job:
             "base": self.held,
             **({"mapped": 2.0 * self.outline.parameters - self.held_as_stored} if cpu else {}),
             "written_out": written,
-            "adapter": (20 if recorded else 16) * self.trained,  # fp32 weight, gradient, two moments; a copy of gradients while recording
+            # fp32 weight, gradient, two moments; a copy of gradients while recording; two while they are added up
+            "adapter": (20 if recorded else 16) * self.trained + (8 * self.trained if self.device.processes > 1 else 0),
             "activations": tokens * kept,
             "working": max(loss, tokens * passing),
         }
@@ -293,7 +297,7 @@ def here(dtype: str = "auto") -> Device:
     """This machine, its rates measured: about a second."""
     import torch
 
-    from edgelora import machine
+    from edgelora import machine, processes
     from edgelora.train import attention, load
 
     kind = load.device()
@@ -306,7 +310,8 @@ def here(dtype: str = "auto") -> Device:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     kernel: Any = attention.kernel(load.arithmetic(dtype))
-    return Device(name, "cuda" if kind == "cuda" else "cpu", memory, matmul, bandwidth, load.arithmetic("auto") == torch.bfloat16, kernel)
+    bf16 = load.arithmetic("auto") == torch.bfloat16
+    return Device(name, "cuda" if kind == "cuda" else "cpu", memory, matmul, bandwidth, bf16, kernel, processes.count())
 
 
 def _rates(kind: str, dtype: Any) -> tuple[float, float]:

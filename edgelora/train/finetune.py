@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelora import artifact, labels, machine, models, outline
+from edgelora import artifact, labels, machine, models, outline, processes
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data import chat
 from edgelora.data.chat import Encoded
 from edgelora.data.split import Dataset
-from edgelora.errors import DataError, ModelError, Unsupported
+from edgelora.errors import DataError, ModelError, UsageError
 from edgelora.train import adapter, estimate, fit, load, room
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def finetune(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: P
     """Train an adapter on `train`, choosing the best epoch on `valid`. A killed run continues from its last checkpoint.
 
     The folder holds PEFT's adapter_model.safetensors and adapter_config.json; the facts hold the loss curves, the
-    share of trained parameters, and predicted beside measured memory (bytes) and time (seconds).
+    share of trained parameters, and predicted beside measured memory (bytes) and time (seconds). Of several processes each calls this;
+    the first one writes.
     """
     section = {
         "train": recipes.as_dict(recipe.train),
@@ -37,17 +38,31 @@ def finetune(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: P
         "base": models.shown(recipe.base),
         "threads": recipe.threads,
     }
-    return artifact.build(
+    made_from = {"base": base.key, "train": dataset.fingerprint("train"), "valid": dataset.fingerprint("valid")}
+    versions = artifact.versions_of("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+    def make(folder: Path) -> dict[str, Any]:
+        return _train(recipe, base, dataset, folder, progress)
+
+    if processes.index():
+        final = artifact.place(out, "adapter", "adapter", made_from, section, versions)
+        if not final.exists():
+            make(artifact.unfinished(final))
+        processes.wait()
+        return artifact.load(final)
+    made = artifact.build(
         out,
         "adapter",
         "adapter",
-        lambda folder: _train(recipe, base, dataset, folder, progress),
-        made_from={"base": base.key, "train": dataset.fingerprint("train"), "valid": dataset.fingerprint("valid")},
+        make,
+        made_from=made_from,
         recipe=section,
-        versions=artifact.versions_of("torch", "transformers", "peft", "bitsandbytes", "accelerate"),
+        versions=versions,
         rows={"train": "train", "valid": "select"},
         resumable=True,
     )
+    processes.wait()
+    return made
 
 
 def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -57,7 +72,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     from edgelora.train import attention, loop
 
     train = recipe.train
-    torch.set_num_threads(recipe.threads or machine.cores())
+    torch.set_num_threads(max(1, (recipe.threads or machine.cores()) // processes.here()))
     dtype = load.arithmetic(train.dtype)
     tokenizer = models.open_tokenizer(base.folder)
     rows = [ids for _, ids in chat.encode_all(tokenizer, dataset.train, train.max_tokens)]
@@ -84,7 +99,9 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
         recipe, model, rows, valid, folder / _CHECKPOINTS, dtype,
         callbacks=[watch, *([EarlyStoppingCallback(train.patience)] if train.patience else [])],
     )  # fmt: skip
-    resumed = _last_checkpoint(folder / _CHECKPOINTS)
+    if processes.index():
+        set_seed(recipe.seed + processes.index())  # so that dropout leaves out something else in each
+    resumed = processes.told(None if processes.index() else _last_checkpoint(folder / _CHECKPOINTS))
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     except loop.NoNumber as error:
@@ -92,6 +109,12 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
             raise ModelError(f"{base.name}: {name} holds values that are no numbers", "copy or download the base again") from error
         raise
     history = trainer.state.log_history
+    measured = {
+        "peak_rss_bytes": max(processes.all_of(machine.peak_rss_bytes())),
+        **({"peak_gpu_bytes": max(processes.all_of(torch.cuda.max_memory_allocated()))} if load.device() == "cuda" else {}),
+    }
+    if processes.index():
+        return {}
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names this machine's paths
     models.tidy(folder, models.shown(recipe.base))
@@ -110,7 +133,8 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
         "device": load.device(),
         "kernels": "plain: " + str(trainer.obstacle) if trainer.obstacle else "fused",
         "attention": attention.kernel(dtype),
-        "rows_at_once": trainer.args.per_device_train_batch_size,
+        "processes": processes.count(),
+        "rows_at_once": trainer.division.rows,
         "recomputed_layers": trainer.recomputed,
         "trained_parameters": trained,
         "total_parameters": total,
@@ -125,8 +149,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
         "valid_curve": [{"step": h["step"], "loss": h["eval_loss"]} for h in history if "eval_loss" in h],
         "predicted": predicted.figures(),
         "measured": {
-            "peak_rss_bytes": machine.peak_rss_bytes(),
-            **({"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if load.device() == "cuda" else {}),
+            **measured,
             **({} if resumed else {"seconds": seconds, "tokens_per_s": tokens * trainer.state.epoch / seconds}),
         },
         "full_finetune_bytes": estimate.full_finetune_bytes(total),
@@ -150,27 +173,32 @@ def make_trainer(
     """
     import torch
 
-    from edgelora.train import layer, loop, packing
+    from edgelora.train import dealing, layer, loop, packing
 
     train, cuda = recipe.train, load.device() == "cuda"
     lengths = [len(row.ids) for row in rows]
     longest = max([*lengths, *(len(row.ids) for row in valid)])
     obstacle = "train.dtype fp16" if dtype == torch.float16 else layer.obstacle(model)
-    cut = fit.Cut(train.batch, train.accumulate, keep=True, recompute=model.config.num_hidden_layers if train.checkpointing else 0)
+    together = train.batch * train.accumulate
+    if processes.count() > together:
+        raise UsageError(
+            f"{processes.count()} processes share {together} rows before an update (train.batch x train.accumulate)",
+            "raise train.batch, or take fewer GPUs",
+        )
+    division = dealing.Division.of(train.batch, train.accumulate, processes.count())
+    cut = fit.Cut(division, keep=True, recompute=model.config.num_hidden_layers if train.checkpointing else 0)
     layers = None
     if obstacle is None:
         if cuda:
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info()[0]
-            cut = fit.cut(layer.shape(model), lengths, train.batch, train.accumulate, free, recompute=train.checkpointing)
+            free = min(processes.all_of(torch.cuda.mem_get_info()[0]))
+            cut = fit.cut(layer.shape(model), lengths, together, processes.count(), free, recompute=train.checkpointing)
         layers = layer.replace(model, dtype, keep=cut.keep, recompute=cut.recompute)
     elif train.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     recorded = cuda and layers is not None and cut.keep and layer.records(model)
     arguments = _arguments(recipe, folder, cut, dtype if layers is None else torch.float32)
-    if arguments.world_size > 1:  # the loss goes around the wrapper that would average gradients
-        raise Unsupported("training in several processes is not supported yet", "start it without a launcher, on one device")
     made = loop.AnswerTrainer(
         model=model,
         args=arguments,
@@ -178,6 +206,7 @@ def make_trainer(
         rows=rows,
         valid=valid,
         collator=packing.Collator(longest, even=recorded),
+        division=cut.division,
         layers=layers,
         recorded=recorded,
         callbacks=list(callbacks),
@@ -194,11 +223,11 @@ def _arguments(recipe: recipes.Recipe, folder: Path, cut: fit.Cut, autocast: Any
 
     train = recipe.train
     on_cpu = load.device() == "cpu"
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=cut.rows,
-        per_device_eval_batch_size=cut.rows,
-        gradient_accumulation_steps=cut.steps,
+        per_device_train_batch_size=cut.division.rows,
+        per_device_eval_batch_size=cut.division.rows,
+        gradient_accumulation_steps=cut.division.steps,
         num_train_epochs=train.epochs,
         learning_rate=train.lr,
         lr_scheduler_type=train.schedule,
@@ -224,6 +253,9 @@ def _arguments(recipe: recipes.Recipe, folder: Path, cut: fit.Cut, autocast: Any
         disable_tqdm=True,
         dataloader_pin_memory=not on_cpu,
     )
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # one process uses one GPU; the Trainer would spread each batch over all that it sees
+    return made
 
 
 def _quiet(trainer: Any) -> None:

@@ -1,4 +1,4 @@
-"""How a step is cut so that it fits a GPU's free memory: rows at once, weights written out or not, layers recomputed."""
+"""How an update is cut so that it fits a GPU's free memory: rows at once, weights written out or not, layers recomputed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgelora.errors import EdgeloraError
-from edgelora.train.dealing import deal, rounded_up
+from edgelora.train.dealing import Division, deal, rounded_up
 
 KINDS = ("llama", "mistral", "qwen2", "smollm3")  # model types whose layers are what `layer.Layer` computes
 _SHARE = 0.85  # of the free memory that is planned with
@@ -37,29 +37,44 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cut:
-    """`rows` at once, `steps` times; weights written out in 16 bits (`keep`); the first `recompute` layers keep only their input."""
+    """How rows are divided; weights written out in 16 bits (`keep`); the first `recompute` layers keep only their input."""
 
-    rows: int
-    steps: int
+    division: Division
     keep: bool
     recompute: int
 
+    @property
+    def rows(self) -> int:
+        """At once, at most, in each process."""
+        return self.division.rows
 
-def cut(shape: Shape, lengths: Sequence[int], rows: int, steps: int, free: float, *, recompute: bool = False) -> Cut:
-    """The fastest way to train on rows x steps rows before each update: as many at once as fit, before anything is recomputed.
+    @property
+    def steps(self) -> int:
+        """Of each process before an update."""
+        return self.division.steps
 
-    `free` is the memory (bytes) left beside the base as loaded. EdgeloraError when not even one row at a time fits.
+
+def cut(shape: Shape, lengths: Sequence[int], together: int, processes: int, free: float, *, recompute: bool = False) -> Cut:
+    """The fastest way to train on `together` rows before each update: as many at once as fit, before anything is recomputed.
+
+    `free` is the memory (bytes) left beside the base as loaded, on the GPU that has least. EdgeloraError when not even one row at a
+    time fits.
     """
-    together = rows * steps
+    share = -(-together // processes)
+    divisions = [
+        Division(together, rows, processes) for rows in sorted({-(-share // steps) for steps in range(1, share + 1)}, reverse=True)
+    ]
     written = 2.0 * shape.linear
     budget = free * _SHARE - _HEAD_BYTES
     for keep in (True, False):
-        for count in (n for n in range(together, 0, -1) if together % n == 0):
-            most = rounded_up(max(sum(lengths[i] for i in batch) for batch in deal(lengths, count)))
+        for division in divisions:
+            most = rounded_up(
+                max(sum(lengths[i] for i in batch) for rows in deal(lengths, together) for batch in division.batches(lengths, rows))
+            )
             room = budget - most * (shape.passing_bytes + 8 * shape.hidden) - (written if keep else written / shape.layers)
             layers = shape.layers if recompute else _recomputed(shape, most, room)
             if layers == 0 or (recompute and room >= most * shape.layers * 2 * shape.hidden):
-                return Cut(count, together // count, keep, layers)
+                return Cut(division, keep, layers)
     longest = rounded_up(max(lengths))
     room = budget - longest * (shape.passing_bytes + 8 * shape.hidden) - written / shape.layers
     layers = _recomputed(shape, longest, room)
@@ -68,7 +83,7 @@ def cut(shape: Shape, lengths: Sequence[int], rows: int, steps: int, free: float
             f"one row of {longest} tokens does not fit the {free / 1e9:.1f} GB that the GPU has free beside the base",
             "shorten train.max_tokens, or take a smaller base",
         )
-    return Cut(1, together, False, layers)
+    return Cut(divisions[-1], False, layers)
 
 
 def least_free(shape: Shape, longest: int) -> float:

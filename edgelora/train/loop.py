@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import broadcast
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from edgelora import machine
+from edgelora import machine, processes
 from edgelora.data.chat import Encoded
 from edgelora.errors import EdgeloraError
-from edgelora.train.dealing import deal
+from edgelora.train.dealing import Division, deal
 from edgelora.train.layer import Layers
 from edgelora.train.loss import SummedLoss
 from edgelora.train.packing import Collator, Documents, Sampler
@@ -30,6 +32,10 @@ class AnswerTrainer(Trainer):
 
     The sum is divided by the trained tokens of the whole accumulated batch: 4 x 1 rows and 1 x 4 rows give the same
     gradient, whatever their lengths. Rows are `Encoded`, batches those of `Collator`; `layers` are the replaced ones, if any.
+
+    So it is with several processes: they divide the rows of an update, and what they find is added up before the weights move. Only
+    the adapter's gradients travel, once an update. DistributedDataParallel would want to call the model itself, which
+    neither the loss nor a recorded step does.
     """
 
     loss_is_scaled_for_ga = True
@@ -43,20 +49,31 @@ class AnswerTrainer(Trainer):
         rows: Sequence[Encoded],
         valid: Sequence[Encoded],
         collator: Collator,
+        division: Division,
         layers: Layers | None,
         recorded: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(train_dataset=rows, eval_dataset=valid, data_collator=collator, **settings)
-        self.collator, self.layers = collator, layers
+        self.collator, self.division, self.layers = collator, division, layers
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        if self.args.world_size > 1:
+            self.model._is_accelerate_prepared = True  # so accelerate does not wrap it
+            for parameter in self.trained:
+                parameter.data.copy_(broadcast(parameter.data))
         self.recorder: Any = None
-        if recorded and self.args.world_size == 1:
+        if recorded:
             from edgelora.train.graph import Recorder
 
-            self.recorder = Recorder(self._forward_backward, [p for p in self.model.parameters() if p.requires_grad])
+            self.recorder = Recorder(self._forward_backward, self.trained)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        return Sampler([len(row.ids) for row in self.train_dataset], self.args.train_batch_size, self.args.data_seed)
+    def get_train_dataloader(self) -> Any:
+        """The batches of this process: `Sampler` divides them, because accelerate would fill up the last ones with rows seen before."""
+        sampler = Sampler([len(row.ids) for row in self.train_dataset], self.division, self.args.data_seed, self.args.process_index)
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset, batch_sampler=sampler, collate_fn=self.collator, pin_memory=self.args.dataloader_pin_memory
+        )
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         if self.layers is not None:
@@ -68,10 +85,24 @@ class AnswerTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if self.recorder is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
-        loss: torch.Tensor = self.recorder.run(self._prepare_inputs(inputs), num_items_in_batch)
-        return loss
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            model.train()
+            loss = self.recorder.run(self._prepare_inputs(inputs), num_items_in_batch)
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+            self._add_up()
+        return loss * self.args.world_size  # of which the Trainer reports the mean over processes
+
+    def _add_up(self) -> None:
+        """Let every process have the sum of all gradients; the losses are parts of one loss already."""
+        grads = [p.grad for p in self.trained if p.grad is not None]
+        flat = self.recorder.flat if self.recorder is not None else torch.cat([grad.flatten() for grad in grads])
+        total = self.accelerator.reduce(flat, "sum")
+        if self.recorder is not None:
+            flat.copy_(total)
+            return
+        for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
 
     def _forward_backward(self, inputs: Mapping[str, Any], count: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=count)
@@ -93,10 +124,12 @@ class AnswerTrainer(Trainer):
         rows: Sequence[Encoded] = self.eval_dataset
         sums = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in deal([len(row.ids) for row in rows], self.args.eval_batch_size):
+            batches = deal([len(row.ids) for row in rows], self.args.eval_batch_size)
+            for batch in batches[self.args.process_index :: self.args.world_size]:
                 inputs = self._prepare_inputs(self.collator([rows[i] for i in batch]))
                 loss = answer_loss(model, inputs, self.collator.longest)
                 sums += torch.tensor([loss.item(), (inputs["labels"] != -100).sum().item()], dtype=torch.float64)
+        sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
         loss = float(sums[0] / sums[1])
         return EvalLoopOutput(predictions=None, label_ids=None, metrics={f"{metric_key_prefix}_loss": loss}, num_samples=len(rows))
 
@@ -131,25 +164,30 @@ class NoNumber(EdgeloraError):
 class Watch(TrainerCallback):
     """Marks finished checkpoints, reports progress, and stops a run whose loss is no number.
 
-    `tokens` are those of an epoch. A checkpoint is also written when the last one is ten minutes old.
+    `tokens` are those of an epoch. A checkpoint is also written when the last one is ten minutes old. Logging and saving are done
+    by all processes together, so the first one's clock says when.
     """
 
     def __init__(self, progress: Callable[[float, str], None], tokens: int) -> None:
         self.progress, self.tokens = progress, tokens
-        self.begun = self.saved = self.logged = time.monotonic()
-        self.first = 0  # the step this process began at
+        self.begun = self.saved = self.looked = time.monotonic()
+        self.first = self.last = self.next = 0  # the steps this process began at, last looked at the clock, and will
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begun = self.saved = self.logged = time.monotonic()
-        self.first = state.global_step
+        self.begun = self.saved = self.looked = time.monotonic()
+        self.first = self.last = self.next = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step < min(self.next, state.max_steps):
+            return
         now = time.monotonic()
-        if now - self.saved > _SAVE_EVERY_S:
+        a_step = (now - self.looked) / max(1, state.global_step - self.last)
+        self.looked, self.last = now, state.global_step
+        wait, save = processes.told((max(1, int(_LOG_EVERY_S / max(a_step, 1e-6))), now - self.saved > _SAVE_EVERY_S))
+        self.next = state.global_step + wait
+        control.should_log = True
+        if save:
             control.should_save = True
-        if now - self.logged > _LOG_EVERY_S or state.global_step >= state.max_steps:
-            self.logged = now
-            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -172,7 +210,10 @@ class Watch(TrainerCallback):
         return f"step {state.global_step}/{state.max_steps}  loss {loss:.3f}  {rate:,.0f} tok/s  {memory / 1e9:.1f} GB  {ahead}"
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        processes.wait()
         self.saved = time.monotonic()
+        if processes.index():
+            return
         mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from edgelora.data.chat import Encoded
-from edgelora.train.dealing import deal, rounded_up
+from edgelora.train.dealing import Division, deal, rounded_up
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Collator:
         self.longest, self.pad_id, self.even = longest, pad_id, even
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
+        rows = rows or [Encoded((self.pad_id,), (False,))]  # a process that has no row left still takes part
         lengths = [len(row.ids) for row in rows]
         ends = list(itertools.accumulate(lengths))
         given = _flat((row.ids for row in rows), ends[-1], np.int64)
@@ -96,25 +97,24 @@ def _flat(parts: Iterable[Iterable[Any]], count: int, dtype: Any) -> torch.Tenso
     return torch.from_numpy(np.fromiter(itertools.chain.from_iterable(parts), dtype, count))
 
 
-class Sampler(torch.utils.data.Sampler[int]):
-    """Row numbers of one epoch, such that every run of `batch` of them is a batch of `deal`. The order depends on seed and epoch alone,
-    so a run that is resumed in the middle of an epoch sees the rows that are left."""
+class Sampler(torch.utils.data.Sampler[list[int]]):
+    """The batches of one process, as lists of row numbers: every row once an epoch, in one of the processes.
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+    The rows of an update depend on seed and epoch alone, so a run that is resumed in the middle of an epoch sees the rows that are left.
+    """
+
+    def __init__(self, lengths: Sequence[int], division: Division, seed: int, process: int = 0) -> None:
+        self.lengths, self.division, self.seed, self.process, self.epoch = lengths, division, seed, process, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.division.epoch(len(self.lengths))
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        batches = deal(self.lengths, self.batch, generator)
-        whole = [batch for batch in batches if len(batch) == self.batch]
-        for index in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[index]
-        for batch in batches:
-            if len(batch) < self.batch:
-                yield from batch
+        updates = deal(self.lengths, self.division.together, generator)
+        rest = [updates.pop()] if len(updates[-1]) < self.division.together else []
+        for rows in [updates[i] for i in torch.randperm(len(updates), generator=generator).tolist()] + rest:
+            yield from self.division.batches(self.lengths, rows)[self.process :: self.division.processes]
