@@ -105,7 +105,7 @@ class Study:
         self.valid = _spread(rows[::HELD_OUT], ROWS[task] // 2 // given.fewer)
         self.sealed = _spread(rows[1::HELD_OUT], ROWS[task] // given.fewer)
         self.counts = {name: max(2, count // given.fewer) for name, count in CURVATURES.items()}
-        self.costs: dict[Job, float] = {}
+        self.costs: dict[Job, tuple[float, float]] = {}  # predicted, and the error's sum of squares
         self.notes: dict[str, Any] = {}
 
     def left(self) -> float:
@@ -188,14 +188,13 @@ class Study:
         self.say(f"{len(wanted)} matrices rounded in {time.monotonic() - began:.0f} s")
 
     def plans(self, how: How, budgets: Sequence[int], kind: str) -> list[File]:
-        options = {
-            n: tuple(
-                Option(t.name, self.files.matrices[n].bytes(t), self.costs[Job("tuned", n, t, how)])
-                for t in sensitivity.candidates(self.lab.shapes[n][1])
-                if Job("tuned", n, t, how) in self.costs
-            )
-            for n in self.lab.matrices
-        }
+        options = {}
+        for n in self.lab.matrices:
+            kinds = [t for t in sensitivity.candidates(self.lab.shapes[n][1]) if Job("tuned", n, t, how) in self.costs]
+            costs = {t: self.costs[Job("tuned", n, t, how)] for t in kinds}
+            lost = {t: squares for t, (_, squares) in costs.items()}
+            counted = {t: cost * (len(self.lab.matrices) if sensitivity.own_grid(t, lost) else 1) for t, (cost, _) in costs.items()}
+            options[n] = tuple(Option(t.name, self.files.matrices[n].bytes(t), counted[t]) for t in kinds)
         if not all(options.values()):
             self.say(f"no plans by {how.name}: not all matrices were rounded in time")
             return []

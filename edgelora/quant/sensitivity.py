@@ -46,9 +46,9 @@ def costs(name: str, values: np.ndarray, curvature: Curvature, rounding: Roundin
         if name.startswith("blk."):
             cost += curvature.cost(name, errors)
         found[kind] = cost
-    return {kind: cost * (together if _own_grid(kind, lost) else 1) for kind, cost in found.items()}
+    return {kind: cost * (together if own_grid(kind, lost) else 1) for kind, cost in found.items()}
 
 
-def _own_grid(kind: Type, lost: Mapping[Type, float]) -> bool:
+def own_grid(kind: Type, lost: Mapping[Type, float]) -> bool:
     """Whether a type loses (a sum of squares) clearly less than one with half a bit more."""
     return any(ggml.bits(other) >= ggml.bits(kind) + 0.5 and 1.25 * lost[kind] < lost[other] for other in lost)
