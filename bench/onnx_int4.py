@@ -1,6 +1,7 @@
 """ONNX int4 as edgelora writes it against the builder's stock presets: divergence at equal size, cost, speed.
 
-    python bench/onnx_int4.py RECIPE MODEL --work DIR [--speed]
+    python bench/onnx_int4.py RECIPE MODEL --work DIR
+    python bench/onnx_int4.py RECIPE MODEL --work DIR --speed      (after the first)
 
 MODEL is the merged folder of a run of RECIPE (`runs/NAME/model-...`). Both exports of every type come from
 onnxruntime-genai's builder; one has its weights rounded by second moments of `importance.plan_rows` training rows.
@@ -8,13 +9,16 @@ onnxruntime-genai's builder; one has its weights rounded by second moments of `i
 quality   KL to the model in float32, in nats a token, on the first held-out set of RECIPE, in ONNX Runtime; the ratio of
           rounded to stock with a paired 95 % bootstrap interval over rows
 cost      CPU seconds and peak memory of the builder's process, CPU seconds of measuring and of rounding (one thread)
-speed     prefill and decode of both files in turns, in ONNX Runtime and onnxruntime-genai, with CPU time and load
+speed     prefill and decode in turns, with CPU time and load: both files in ONNX Runtime and onnxruntime-genai, beside them
+          in onnxruntime-genai what the builder writes by itself (`-p int4 -e cpu`)
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,8 @@ from edgelora.weights import Checkpoint
 
 TYPES = ("int4", "int4-mixed")
 ROWS = 60
+COMMAND = "python bench/onnx_int4.py quickstart MODEL --work DIR"
+PACKAGES = ("onnxruntime", "onnxruntime-genai", "onnx", "torch", "transformers")
 
 
 def quiet(share: float, text: str) -> None:
@@ -67,10 +73,15 @@ def quality(made: dict[str, Path], reference: Any, rows: list[Any]) -> dict[str,
     return found | {"ratio": {"kl": float(rounded.sum() / stock.sum()), "low": low, "high": high}}
 
 
-def speed(pairs: dict[str, dict[str, Path]], threads: int) -> list[dict[str, Any]]:
-    files = [(folder, runtime) for made in pairs.values() for runtime in ("onnxruntime", "onnxruntime-genai") for folder in made.values()]
-    settings = recipes.Bench(prompt_tokens=(128,), decode_tokens=64, repeats=7)
-    return benches.bench_all(files, settings, threads, quiet)
+def speed(model: Path, work: Path, threads: int) -> list[dict[str, Any]]:
+    """Rows of `edgelora bench`, the exports of an earlier run and the builder's own in turns."""
+    own = work / "builder-int4"
+    if not own.is_dir():
+        options = ["-i", str(model), "-o", str(own), "-c", str(work / "cache"), "--extra_options", "hf_token=false"]
+        subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu", *options], check=True)
+    ours = [work / f"{name}-{type}-onnx" for type in TYPES for name in ("stock", "rounded")]
+    files = [(folder, "onnxruntime") for folder in ours] + [(folder, "onnxruntime-genai") for folder in (own, *ours)]
+    return benches.bench_all(files, recipes.Bench(prompt_tokens=(128,), decode_tokens=32, repeats=7), threads, quiet)
 
 
 def main() -> None:
@@ -81,6 +92,14 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.speed:
+        measured = speed(arguments.model, arguments.work, arguments.threads)
+        figures = [
+            (f"{row['file']} in {row['runtime']}", f"decode {row['decode_tok_per_s']:.1f} tok/s, prefill {row['prefill_tok_per_s']:.0f}")
+            for row in measured
+        ]
+        results.save("onnx-int4-speed", f"{COMMAND} --speed --threads {arguments.threads}", PACKAGES, figures, {"speed": measured})
+        return
     recipe = recipes.load(recipes.locate(arguments.recipe))
     dataset, tokenizer = split.load(recipe), models.open_tokenizer(arguments.model)
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -99,20 +118,15 @@ def main() -> None:
     rows = [ids for _, ids in chat.encode_all(tokenizer, held, recipe.train.max_tokens)][:ROWS]
     reference = list(Reference(arguments.model, Checkpoint(arguments.model), None, rows, arguments.threads))
     found = {type: quality(made[type], reference, rows) for type in TYPES}
-    speeds = speed(made, arguments.threads) if arguments.speed else []
     headline = [
         (type, f"{one['rounded']['size_bytes'] / 1e6:.1f} MB, KL {one['rounded']['kl']:.3f} against the stock preset's {one['stock']['kl']:.3f}, "
          f"{one['ratio']['kl']:.2f} x [{one['ratio']['low']:.2f}, {one['ratio']['high']:.2f}]")
         for type, one in found.items()
     ]  # fmt: skip
-    headline += [
-        (f"{row['file']} in {row['runtime']}", f"decode {row['decode_tok_per_s']:.1f} tok/s, prefill {row['prefill_tok_per_s']:.0f}")
-        for row in speeds
-    ]
     results.save(
         "onnx-int4",
-        "python bench/onnx_int4.py quickstart MODEL --work DIR" + (" --speed" if arguments.speed else ""),
-        ("onnxruntime", "onnxruntime-genai", "onnx", "torch", "transformers"),
+        COMMAND,
+        PACKAGES,
         headline,
         {
             "set": name,
@@ -122,7 +136,6 @@ def main() -> None:
             "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "quality": found,
             "cost": cost,
-            "speed": speeds,
         },
     )
 
