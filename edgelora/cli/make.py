@@ -274,6 +274,8 @@ def export(
         )
     )
     module = exports.format_module(format_)
+    if adapter and not module.MERGES:
+        raise UsageError(f"{format_} is written from a merged model", "merge the adapter first: edgelora merge")
     if imatrix and module.CALIBRATION != "importance":
         raise UsageError(f"{format_} has no place for an importance matrix", "give it rows to measure more on: --rows FILE")
     if imatrix and section.planned:
