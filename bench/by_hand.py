@@ -5,11 +5,11 @@
 Writes the base as Q5_K_M and as ONNX int4-mixed, then measures them in turns, round by round: edgelora's bench process, and
 beside it a process that knows nothing of edgelora's sessions: llama-cpp-python's own `Llama.generate`, a plain onnxruntime
 session with its key-value cache bound in place, onnxruntime-genai's own generator. The same prompt ids, threads, thread
-settings and flash attention. A round opens the file anew: where its weights come to lie makes one session up to a tenth
-faster than the next, so many short rounds tell more than a few long ones; the first of each is thrown away. Compared are a round's medians, of the decoded tokens
-and of the time to the first token, with those of the round beside it; the median over the rounds is at most 3 % apart. The
-fastest tenth of all samples, which holds least of what other programs add, is given besides, and so is the CPU time of all
-threads. Takes about seven minutes.
+settings and flash attention. Each round is a process of its own: where its weights come to lie makes one process up to a
+tenth faster than the next, so many short rounds tell more than a few long ones. Compared are a round's medians, of the
+decoded tokens and of the time to the first token, with those of the round beside it; the median over the rounds is at most
+3 % apart. The fastest tenth of all samples, which holds least of what other programs add, is given besides, and so is the
+CPU time of all threads. Takes about seven minutes.
 """
 
 from __future__ import annotations
@@ -100,26 +100,24 @@ BY_HAND = {"llama.cpp": by_hand_llama, "onnxruntime": by_hand_ort, "onnxruntime-
 
 
 def hand(runtime: str, path: str, threads: int) -> None:
-    """The process that is driven by hand: prompt ids in, milliseconds out, one line each; opened and closed every round, as ours."""
-    for line in sys.stdin:
-        ids = json.loads(line)
-        generate = BY_HAND[runtime](path, threads)
-        deque(islice(generate(ids), 2), maxlen=0)
-        started, cpu_started = time.perf_counter(), time.process_time()
-        tokens = generate(ids)
+    """The process that is driven by hand: prompt ids in, milliseconds out."""
+    ids = json.loads(sys.stdin.readline())
+    generate = BY_HAND[runtime](path, threads)
+    deque(islice(generate(ids), 2), maxlen=0)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    tokens = generate(ids)
+    next(tokens)
+    times, cpu = [time.perf_counter()], time.process_time()
+    for _ in range(DECODE):
         next(tokens)
-        times, cpu = [time.perf_counter()], time.process_time()
-        for _ in range(DECODE):
-            next(tokens)
-            times.append(time.perf_counter())
-        found = {
-            "ttft": [1000 * (times[0] - started)],
-            "decode": [1000 * (b - a) for a, b in pairwise(times)],
-            "ttft CPU": [1000 * (cpu - cpu_started)],
-            "decode CPU": [1000 * (time.process_time() - cpu) / DECODE],
-        }
-        del generate, tokens
-        print(json.dumps(found), flush=True)
+        times.append(time.perf_counter())
+    found = {
+        "ttft": [1000 * (times[0] - started)],
+        "decode": [1000 * (b - a) for a, b in pairwise(times)],
+        "ttft CPU": [1000 * (cpu - cpu_started)],
+        "decode CPU": [1000 * (time.process_time() - cpu) / DECODE],
+    }
+    print(json.dumps(found), flush=True)
 
 
 def compare(path: Path, runtime: str, threads: int, rounds: int, ids: list[int]) -> dict[str, Any]:
@@ -128,34 +126,26 @@ def compare(path: Path, runtime: str, threads: int, rounds: int, ids: list[int])
     command = [sys.executable, __file__, "--hand", runtime, str(path), str(threads)]
     request = {"file": str(path), "runtime": runtime, "threads": threads, "prompt_tokens": [PROMPT], "decode_tokens": DECODE}
     samples: dict[str, dict[str, list[list[float]]]] = {who: {name: [] for name in MEASURES} for who in ("edgelora", "by_hand")}
-    with measuring(path.name) as child, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin
-        assert process.stdout
 
-        def ours() -> dict[str, list[float]]:
+    def ours() -> dict[str, list[float]]:
+        with measuring(path.name) as child:
             timing = child.round(request).timings[0]
-            return {
-                "ttft": [timing.ttft_ms],
-                "decode": list(timing.decode_ms),
-                "ttft CPU": [1000 * timing.prefill_cpu_s],
-                "decode CPU": [1000 * timing.decode_cpu_s / DECODE],
-            }
+        return {
+            "ttft": [timing.ttft_ms],
+            "decode": list(timing.decode_ms),
+            "ttft CPU": [1000 * timing.prefill_cpu_s],
+            "decode CPU": [1000 * timing.decode_cpu_s / DECODE],
+        }
 
-        def theirs() -> dict[str, list[float]]:
-            assert process.stdin
-            assert process.stdout
-            process.stdin.write(json.dumps(ids) + "\n")
-            process.stdin.flush()
-            reply: dict[str, list[float]] = json.loads(process.stdout.readline())
-            return reply
+    def theirs() -> dict[str, list[float]]:
+        done = subprocess.run(command, input=json.dumps(ids) + "\n", stdout=subprocess.PIPE, text=True, check=True)
+        return dict(json.loads(done.stdout))
 
-        turns = [("edgelora", ours), ("by_hand", theirs)]
-        for number in range(rounds + 1):
-            for who, one_round in turns if number % 2 else turns[::-1]:  # whoever comes first finds other caches
-                measured = one_round()
-                for name, values in measured.items() if number else ():
-                    samples[who][name].append(values)
-        process.stdin.close()
+    turns = [("edgelora", ours), ("by_hand", theirs)]
+    for number in range(rounds):
+        for who, one_round in turns if number % 2 else turns[::-1]:  # whoever comes first finds other caches
+            for name, values in one_round().items():
+                samples[who][name].append(values)
     found: dict[str, Any] = {"runtime": runtime, "file": path.name, "threads": threads}
     for name in MEASURES:
         ours_ms, hand_ms = samples["edgelora"][name], samples["by_hand"][name]
