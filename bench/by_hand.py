@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--runtime", choices=list(BY_HAND), action="append", help="of these alone")
     parser.add_argument("--threads", type=int, action="append", help="with so many alone")
     parser.add_argument("--made", type=Path, help="keep the two files here, and take them from here the next time")
-    options = parser.parse_args()
+    options, load = parser.parse_args(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.made or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,6 +199,7 @@ def main() -> None:
         [f"{r['runtime']}, {r['threads']} threads, against by hand", ", ".join(f"{k} {r[k]['apart']:+.1%}" for k in MEASURES)]
         for r in found
     ]
+    headline.append(["load average before", f"{load:.1f}"])
     command = "python bench/by_hand.py --base " + models.shown(options.base)
     results.save("by-hand", command, ("llama-cpp-python", "onnxruntime", "onnxruntime-genai"), headline, {"rows": found})
 
