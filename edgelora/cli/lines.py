@@ -11,10 +11,11 @@ from edgelora.report.figures import number
 def training(facts: Any) -> list[str]:
     from edgelora.train import estimate
 
+    each = f" in each of {facts['processes']} processes" if facts.get("processes", 1) > 1 else ""
     lines = [
         f"trained {facts['trained_parameters']:,} of {facts['total_parameters']:,} parameters ({facts['trained_share']:.2%}); "
         f"full fine-tuning would hold {facts['full_finetune_bytes'] / 1e9:.1f} GB of weights, gradients and optimizer",
-        f"memory: {estimate.peak_bytes(facts['measured']) / 1e9:.1f} GB ({estimate.peak_bytes(facts['predicted']) / 1e9:.1f} predicted)"
+        f"memory: {estimate.peak_bytes(facts['measured']) / 1e9:.1f} GB{each} ({estimate.peak_bytes(facts['predicted']) / 1e9:.1f} predicted)"
         + (
             f"; time: {facts['measured']['seconds']:.0f} s ({facts['predicted']['seconds']:.0f} predicted)"
             if "seconds" in facts["measured"]
