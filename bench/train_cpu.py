@@ -65,9 +65,10 @@ def plain(threads: int) -> dict[str, Any]:
 
     from edgelora import machine
     from edgelora import recipe as recipes
-    from edgelora.train import adapter
+    from edgelora.train import adapter, attention
 
     torch.set_num_threads(threads)
+    attention.register()  # the name that `build` gives; what runs is transformers' own, below
     half = "avx512_bf16" in machine.describe()["cpu_features"]
     model = train_speed.build(SHAPE, "cpu")
     model.get_decoder().config._attn_implementation = model.config._attn_implementation = "sdpa"
