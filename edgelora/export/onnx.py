@@ -26,7 +26,7 @@ from edgelora.weights import Checkpoint
 
 DEFAULT_TYPE = "int4-mixed"
 TYPES = {
-    "int4": "4 bits, blocks of 32, nearest rounding: the smallest",
+    "int4": "4 bits, blocks of 32: the smallest",
     "int4-mixed": "4 bits by k-quant, the sensitive matrices and the embedding in 8: recommended",
     "int8": "8 bits, blocks of 32: nearly exact",
     "fp32": "no quantization: the reference",
