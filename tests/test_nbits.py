@@ -89,7 +89,7 @@ def test_errors_are_below_those_of_onnx_runtimes_own_rounding() -> None:
         layout = Layout(4, 32, zeros)
         theirs = nbits.coded(packed, scales, points if zeros else None, 320, layout).values()
         ours = nbits.quantize(weights, layout).values()
-        assert np.square(ours - weights).sum() < 0.85 * np.square(theirs - weights).sum()
+        assert np.square(ours - weights).sum() < 0.95 * np.square(theirs - weights).sum()
 
 
 def test_importance_moves_errors_to_where_they_cost_less() -> None:

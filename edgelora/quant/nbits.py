@@ -10,11 +10,14 @@ Layout: onnxruntime docs/ContribOperators.md, com.microsoft.MatMulNBits.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-_ROWS_AT_ONCE = 2048  # what is searched for at once stays in a processor's cache, a block at a time
+from edgelora import machine
+
+_ROWS_AT_ONCE = 512  # a block of so many rows stays in a processor's cache while its scales are searched for
 # Scales that are tried, in multiples of the one that just holds a block's largest value.
 _STEPS = {False: np.linspace(0.72, 1.16, 12, dtype=np.float32), True: np.linspace(0.72, 1.04, 9, dtype=np.float32)}
 
@@ -80,9 +83,9 @@ def quantize(weights: np.ndarray, layout: Layout, importance: np.ndarray | None 
     `compensate.feedback`, shape (columns, columns); without it every weight goes to the nearest value.
     """
     counts = np.ones(weights.shape[1], np.float32) if importance is None else importance.astype(np.float32)
-    parts = [
-        _quantize(weights[start : start + _ROWS_AT_ONCE], layout, counts, taken_over) for start in range(0, len(weights), _ROWS_AT_ONCE)
-    ]
+    ranges = [weights[start : start + _ROWS_AT_ONCE] for start in range(0, len(weights), _ROWS_AT_ONCE)]
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        parts = list(pool.map(lambda rows: _quantize(rows, layout, counts, taken_over), ranges))
     return Coded(layout, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
