@@ -74,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.adapter.parent) as name:
         work = Path(name)
         base = models.open_base(recipe.base, recipe.folder, given.adapter.parent)
-        model = tuned.tuned(base, recipe.base, adapter, recipe.data.system, ())
+        model = tuned.tuned(base, recipe.base, adapter)
         tokenizer = models.open_tokenizer(base.folder)
         training = [ids for _, ids in importance.spread(chat.encode_all(tokenizer, dataset.train, 512), recipe.importance.plan_rows)]
         valid = pipeline.selecting_rows(recipe, base.folder, dataset)

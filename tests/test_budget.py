@@ -286,4 +286,6 @@ def test_a_run_plans_on_training_rows_and_gives_the_untuned_base_the_same_types(
     assert made.rows == {"valid": "select"}
     assert artifact.load(next((tmp_path / "out").glob("curvature-*"))).rows == {"train": "train"}
     assert result.document["files"][0]["plan"]["frontier"]
-    assert f"What another size would cost: {file.name}" in result.report.read_text(encoding="utf-8")
+    page = result.report.read_text(encoding="utf-8")
+    assert f"What another size would cost: {file.name}" in page
+    assert "Score on valid" in page

@@ -23,7 +23,7 @@ from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
 from edgelora.errors import ModelError, Unsupported
 from edgelora.export import beside, gguf, verify
-from edgelora.export.referee import Referee
+from edgelora.export.referee import Referee, part
 from edgelora.export.reference import Reference
 from edgelora.quant import compensate, curvature, ggml, sensitivity, size_plan
 from edgelora.quant.ggml import Type
@@ -170,15 +170,15 @@ def export(
 
         menus_ = menus(known)
         referee = Referee(write, reference, rows, _answers(described, model), threads)
-        step = _part(progress, 0.1, 0.8)
+        step = part(progress, 1, 3)
         if plan:
             given, compensated = size_plan.read_plan(plan)
             kept, tried = referee.best({"compensated" if compensated else "nearest": given}, step)
         elif section.min_score is not None:
             kept, tried = referee.smallest("compensated", menus_["compensated"], section.min_score, step)
         else:
-            kept, tried = referee.best(_planned(menus_, section, referee, step), _part(step, 0.0, 0.4))
-            tried += referee.neighbours(kept, menus_[kept.rounding], _part(step, 0.4, 0.6))
+            kept, tried = referee.best(_planned(menus_, section, referee, step), part(step, 0, 2))
+            tried += referee.neighbours(kept, menus_[kept.rounding], part(step, 1, 2))
         chosen = kept.plan
         final = kept.file.rename(folder / f"{name}-{kind}.gguf")
         progress(0.9, f"opening {final.name} in {gguf.RUNTIME}")
@@ -321,7 +321,3 @@ def _types(
 
 def _file_name(name: str) -> str:
     return f"{name}.gguf"
-
-
-def _part(progress: Progress, done: float, part: float) -> Progress:
-    return lambda share, text: progress(done + part * share, text)

@@ -67,7 +67,7 @@ class Referee:
 
     def best(self, plans: Mapping[str, Plan], progress: Progress) -> tuple[Tried, list[Tried]]:
         """The candidate that is nearest to the model as trained, and all of them. Files of the others are removed."""
-        tried = [self(rounding, plan, _part(progress, i, len(plans))) for i, (rounding, plan) in enumerate(plans.items())]
+        tried = [self(rounding, plan, part(progress, i, len(plans))) for i, (rounding, plan) in enumerate(plans.items())]
         kept = min(tried, key=lambda one: one.measured["kl"])
         for one in tried:
             if one is not kept:
@@ -80,7 +80,7 @@ class Referee:
         plans = {plan.size_bytes: plan for plan in map(menu.plan, sizes) if plan.size_bytes != kept.plan.size_bytes}
         found = []
         for i, plan in enumerate(plans.values()):
-            found.append(self(kept.rounding, plan, _part(progress, i, len(plans))))
+            found.append(self(kept.rounding, plan, part(progress, i, len(plans))))
             found[-1].file.unlink()
         return found
 
@@ -93,7 +93,7 @@ class Referee:
         plans = menu.frontier(_STEPS)
         worst, best = -1, len(plans) - 1
         steps = 1 + best.bit_length()
-        kept = self(rounding, plans[best], _part(progress, 0, steps))
+        kept = self(rounding, plans[best], part(progress, 0, steps))
         tried = [kept]
         if kept.measured["score"] < score:
             raise Unsupported(
@@ -103,7 +103,7 @@ class Referee:
             )
         while best - worst > 1:
             middle = (worst + best) // 2
-            tried.append(self(rounding, plans[middle], _part(progress, len(tried), steps)))
+            tried.append(self(rounding, plans[middle], part(progress, len(tried), steps)))
             if tried[-1].measured["score"] >= score:
                 kept.file.unlink()
                 kept, best = tried[-1], middle
@@ -113,5 +113,6 @@ class Referee:
         return kept, tried
 
 
-def _part(progress: Progress, number: int, of: int) -> Progress:
+def part(progress: Progress, number: int, of: int) -> Progress:
+    """Progress of one of `of` equal steps."""
     return lambda share, text: progress((number + share) / of, text)
