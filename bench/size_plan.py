@@ -230,7 +230,7 @@ class Study:
         if not self.files.load("base", file.types, file.how):
             return None
         base = self.lab.measure(self.sealed, self.references["sealed"])
-        found = {}
+        found: dict[str, float] = {}
         for name, sign, key in (("loss", 1, "losses"), ("first_choice", -1, "hits")):
             gain, whole = sign * (base[key] - file.found[key]), sign * (self.base[key] - self.tuned[key])
             low, high = evaluate.interval(gain, whole)
