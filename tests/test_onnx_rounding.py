@@ -10,14 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from edgelora import artifact
+from edgelora import recipe as recipes
 from edgelora.data.chat import Encoded
-from edgelora.errors import ModelError
+from edgelora.errors import ModelError, UsageError
 from edgelora.export import onnx as onnx_export
-from edgelora.export import onnx_graph, onnx_rounding
+from edgelora.export import onnx_graph, onnx_rounding, stage
 from edgelora.export.onnx_optimum import GRAPH
 from edgelora.quant import curvature
 from edgelora.runtime import onnx_genai, onnx_runtime
 from edgelora.weights import Checkpoint
+from tests.line import edgelora
 from tests.test_onnx_export import calmed, kl, quiet, torch_scores
 from tests.tiny_models import tiny_model
 
@@ -67,3 +70,26 @@ def test_a_graph_of_another_model_is_not_rounded(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"builder's /model/layers.0/attn/qkv_proj/MatMul_Q4 is not the model's: off by 1\d\d%"):
         onnx_rounding.rounded(graph, read, Checkpoint(other), config, moments, quiet)
     assert onnx_rounding.rounded(graph, read, Checkpoint(model), config, moments, quiet).keys() <= tensors.keys()
+
+
+def test_which_exports_are_rounded_by_rows(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "llama")
+    weighed = {kind: stage.weighed(model, recipes.Export("onnx", kind)) for kind in ("int4", "int4-mixed", "int8", "fp32")}
+    assert weighed == {"int4": True, "int4-mixed": True, "int8": False, "fp32": False}
+    assert not stage.weighed(model, recipes.Export("onnx", "int4", importance=False))
+    assert not stage.weighed(model, recipes.Export("onnx", "int4", exporter="optimum"))
+    with pytest.raises(UsageError, match="importance: true changes nothing: int8 is rounded the same"):
+        stage.weighed(model, recipes.Export("onnx", "int8", importance=True))
+
+
+def test_export_with_rows_measures_on_half_of_them(tmp_path: Path, faq: Path) -> None:
+    """Moments are measured on every other row and kept; the rows between compare the file with the model."""
+    calmed(tiny_model("llama", tmp_path / "tiny"))
+    line = ("export", "tiny", "--format", "onnx", "--type", "int4", "--rows", faq, "--threads", "1")
+    done = edgelora(*line, "--json", cwd=tmp_path)
+    assert done.document["importance"] is True
+    assert done.document["rows"] == 8
+    (measured,) = tmp_path.glob("moments-*")
+    assert artifact.load(measured).facts["rows"] == 8
+    refused = edgelora(*line, "--imatrix", "x.gguf", cwd=tmp_path)
+    assert (refused.code, refused.err.splitlines()[0]) == (2, "error: onnx has no place for an importance matrix")

@@ -297,8 +297,8 @@ def export(
         measured_before = any(target.glob("importance-*"))
         predicted, mixture = exports.predict(folder, section, name or folder.absolute().name, measured=bool(imatrix) or measured_before)
         words = section.type or sizes.budget_words(section)
-        row = {"format": format_, "type": words, "size_bytes": predicted, "weights": mixture, **exports.estimate(folder, section)}
-        echo.result({**row, "predicted_bytes": row.pop("size_bytes")}, *plan.file_lines(row | {"size_bytes": predicted}))
+        row = {"format": format_, "type": words, "weights": mixture, **exports.estimate(folder, section)}
+        echo.result({**row, "predicted_bytes": predicted}, *plan.file_lines({**row, "size_bytes": predicted}))
         return
     calm_libraries()
     doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
