@@ -131,7 +131,7 @@ def test_row_says_what_made_it_noisy() -> None:
     row = bench._row(repeats, 0, 1, 10.0, crowded, True)
     assert row["noisy"]
     assert row["crowded"]
-    assert row["noisy_why"] == "other programs ran beside our 1 threads on 2 cores (2 at a time); the repeats' decode medians are 30% apart"
+    assert row["noisy_why"] == "other programs ran beside our 1 thread on 2 cores (2 at a time); the repeats' decode medians are 30% apart"
     assert row["bandwidth_share"] is None
     assert disturbance.from_outside(CALM, CALM, 10, [0, 1, 0], [False] * 3, threads=2, cores=2) == []
 

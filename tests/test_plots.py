@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgelora import report
-from edgelora.report import figures, fronts, plot
+from edgelora.report import charts, figures, fronts, plot
 from tests.report_example import MINUS, Page
 
 
@@ -159,3 +159,30 @@ def test_labels_are_cut_in_the_middle_to_fit() -> None:
     assert "…" in cut
     assert plot.text_width(cut, 13) <= 200
     assert plot.text_width("荷物", 13) == 26
+
+
+def test_a_sample_far_beyond_every_bar_presses_nothing_flat() -> None:
+    drawn = plot.bars([plot.Bar("a", 100.0, "100 ms", "s0", [90.0, 110.0, 190_000.0]), plot.Bar("b", 50.0, "50 ms", "s0", [50.0])], "x")
+    widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="10" rx="2" class="fill', drawn)]
+    assert widths[0] > plot.WIDTH / 2
+    assert drawn.count('class="sample"') == 3
+
+
+def test_labels_keep_clear_of_the_front() -> None:
+    points = [_point("best", 90, 0.4), _point("worst", 115, 0.42), _point("other", 111, 0.1)]
+    drawn = plot.scatter(points, "size, MB", "KL", fronts.front(points))
+    (line,) = re.findall(r'<polyline points="([^"]+)" class="frontier"', drawn)
+    (ax, ay), (bx, by) = (map(float, pair.split(",")) for pair in line.split())
+    labels = re.findall(r'<text x="([-\d.]+)" y="([-\d.]+)" class="label small halo">(\w+)', drawn)
+    assert len(labels) == 3
+    for x, y, text in labels:
+        left, right, top, bottom = float(x), float(x) + plot.text_width(text, 12), float(y) - 11, float(y) + 3
+        for share in (0.2, 0.4, 0.6, 0.8):
+            px, py = ax + share * (bx - ax), ay + share * (by - ay)
+            assert not (left < px < right and top < py < bottom), text
+
+
+def test_files_without_a_type_are_named_by_what_tells_them_apart() -> None:
+    files = [{"file": name} for name in ("bot-q5_k_m.gguf", "bot-q4_0.gguf", "bot-int4-onnx")]
+    assert list(charts.short_names({"files": files}).values()) == ["q5_k_m.gguf", "q4_0.gguf", "int4-onnx"]
+    assert charts.short_names({"files": files[:1]}) == {"bot-q5_k_m.gguf": "bot-q5_k_m.gguf"}

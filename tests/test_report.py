@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from edgelora import report
-from edgelora.report import estimates, markdown, markup, page, schema, sorting
+from edgelora.report import estimates, markdown, markup, page, schema, sorting, tables
 from tests.report_example import ANSWER, GGUF, MINUS, ONNX, QUESTION, TAGS, Page, example, leaves
 
 
@@ -121,7 +121,7 @@ def test_disturbed_speeds_say_so(doc: dict[str, Any]) -> None:
     text = report.to_markdown(doc)
     assert "65.3 tok/s on this machine (disturbed, see below)." in text
     assert "| ! yes |" in text
-    assert f"- {GGUF} (32 prompt tokens): the repeats' decode medians are 40% apart." in text
+    assert f"- {GGUF} in llama.cpp (32 prompt tokens): the repeats' decode medians are 40% apart." in text
     assert "llama.cpp, 1 thread, 32-token prompt, disturbed" in Page(report.to_html(doc)).text
 
 
@@ -180,6 +180,13 @@ def test_recipe_is_shown_as_yaml_that_can_be_used_again(doc: dict[str, Any]) -> 
     page = Page(report.to_html(doc))
     shown = next(text for text in page.text if text.startswith("name: "))
     assert yaml.safe_load(shown) == doc["recipe"]
+
+
+def test_what_disturbed_all_is_said_once(doc: dict[str, Any]) -> None:
+    row = doc["bench"][0] | {"noisy": True}
+    others, apart = "other programs ran beside ours", "the repeats' decode medians are 40% apart"
+    doc["bench"] = [row | {"noisy_why": others}, row | {"noisy_why": f"{others}; {apart}", "runtime": "x", "prompt_tokens": 128}]
+    assert tables.disturbances(doc) == [f"All of it: {others}.", f"{GGUF} in x (128 prompt tokens): {apart}."]
 
 
 def test_estimates_are_a_device_a_row_and_a_file_a_column(doc: dict[str, Any]) -> None:

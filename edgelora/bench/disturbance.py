@@ -43,7 +43,7 @@ def from_outside(
     why = []
     typical = statistics.median(others) if others else 0
     if typical + threads > cores:
-        why.append(f"other programs ran beside our {threads} threads on {cores} cores ({typical:g} at a time)")
+        why.append(f"other programs ran beside our {threads} thread{'' if threads == 1 else 's'} on {cores} cores ({typical:g} at a time)")
     stolen = (after.stolen - before.stolen) / max(1, after.ticks - before.ticks)
     if stolen > _STOLEN:
         why.append(f"the hypervisor took {stolen:.0%} of the processor's time")

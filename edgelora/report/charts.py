@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from edgelora.report import comparison, fronts, plot, tables
@@ -136,7 +137,7 @@ def colours(doc: Doc) -> dict[Any, str]:
 
 
 def short_names(doc: Doc) -> dict[Any, str]:
-    """A file's type where no other has it, else format and type, else its name."""
+    """A file's type where no other has it, else format and type, else its name without the words that all begin with."""
     files = tables.rows(doc, "files")
     types = Counter(row.get("type") for row in files)
     both = Counter((row.get("format"), row.get("type")) for row in files)
@@ -146,8 +147,10 @@ def short_names(doc: Doc) -> dict[Any, str]:
             return str(row["type"])
         if row.get("type") and row.get("format") and both[row["format"], row["type"]] == 1:
             return f"{row['format']} {row['type']}"
-        return row.get("file") or ""
+        return str(row.get("file") or "")[same:]
 
+    words = [str(row.get("file") or "").split("-")[:-1] for row in files] if len(files) > 1 else []
+    same = sum(len(one[0]) + 1 for one in takewhile(lambda one: len(set(one)) == 1, zip(*words, strict=False)))
     return {row.get("file"): short(row) for row in files}
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from edgelora.report.figures import known, number
 from edgelora.report.markup import Markup, join, tag
@@ -17,6 +18,7 @@ from edgelora.report.markup import Markup, join, tag
 WIDTH = 360
 _MOST_POINTS = 400  # of a curve; more cannot be told apart at this width
 MOST_ROWS = 60
+_FURTHEST = 2.0  # times the longest bar: samples beyond are not drawn
 _TINY = 1e-12  # spans and values below it are drawn as nothing
 
 
@@ -105,8 +107,13 @@ class Bar:
 
 
 def bars(rows: Sequence[Bar], description: str) -> Markup:
-    """Bars from zero under their labels, longest label cut in its middle; no axis: every bar bears its figure."""
+    """Bars from zero under their labels, longest label cut in its middle; no axis: every bar bears its figure.
+
+    A sample far beyond every bar (a machine that slept) is left out: it would press all of them flat.
+    """
     rows = rows[:MOST_ROWS]
+    most = _FURTHEST * max(abs(row.value) for row in rows)
+    rows = [replace(row, samples=[s for s in row.samples if abs(s) <= most]) for row in rows]
     scale = axis([v for row in rows for v in (row.value, row.expected or 0.0, *row.samples)], 0, WIDTH - 2, zero=True, most=40)
     marks: list[Markup] = []
     for i, row in enumerate(rows):
@@ -230,17 +237,20 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, front: Sequence
         *_ticks_x(x, bottom),
         _text(right, height - 6, x_label, "axis end"),
     ]
+    front = [p for p in front if p in points]
     if len(front) > 1:
-        marks.append(tag("polyline", points=" ".join(f"{x.at(p.x)},{y.at(p.y)}" for p in front if p in points), class_="frontier"))
+        marks.append(tag("polyline", points=" ".join(f"{x.at(p.x)},{y.at(p.y)}" for p in front), class_="frontier"))
     taken = [(x.at(p.x) - 6, y.at(p.y) - 6, x.at(p.x) + 6, y.at(p.y) + 6) for p in points]
+    line = [box for a, b in pairwise(front) for box in _along((x.at(a.x), y.at(a.y)), (x.at(b.x), y.at(b.y)))]
     for p in points:
         px, py = x.at(p.x), y.at(p.y)
         if known(p.low) and known(p.high):
             marks.append(tag("line", x1=px, x2=px, y1=y.at(p.low), y2=y.at(p.high), class_=f"interval thin {p.series}"))
         marks.append(_cross(px, py, p.series, p.hint) if p.out else _dot(px, py, p.series, p.hint, 5))
     waiting = sorted(points, key=lambda p: p.x)
-    for away in (9, 20, 32):  # labels beside their points first, then those that need a leader
-        found = {id(p): _placed(p, x.at(p.x), y.at(p.y), away, taken, (left, 20, WIDTH, bottom - 2)) for p in waiting}
+    # labels beside their points first, then those that need a leader, last those that cannot keep clear of the front
+    for away, clear_of in ((9, line), (20, line), (9, []), (32, [])):
+        found = {id(p): _placed(p, x.at(p.x), y.at(p.y), away, taken, clear_of, (left, 20, WIDTH, bottom - 2)) for p in waiting}
         marks += [mark for p in waiting for mark in found[id(p)]]
         waiting = [p for p in waiting if not found[id(p)]]
     return _svg(height, f"{y_label} against {x_label}", marks)
@@ -290,7 +300,14 @@ def _lowest(series: tuple[str, Sequence[tuple[float, float]]], x: Axis, y: Axis,
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def _placed(p: Point, px: float, py: float, away: int, taken: list[_Box], frame: _Box) -> list[Markup]:
+def _along(a: tuple[float, float], b: tuple[float, float]) -> list[_Box]:
+    """Small boxes on the way from a to b, which a label beside either end may touch."""
+    length = math.hypot(b[0] - a[0], b[1] - a[1])
+    shares = [at / length for at in range(14, int(length) - 13, 6)]
+    return [(x - 2, y - 2, x + 2, y + 2) for x, y in ((a[0] + s * (b[0] - a[0]), a[1] + s * (b[1] - a[1])) for s in shares)]
+
+
+def _placed(p: Point, px: float, py: float, away: int, taken: list[_Box], clear_of: Sequence[_Box], frame: _Box) -> list[Markup]:
     """The label of the point at (px, py) in a free place `away` from it, which is then taken; nothing when none is free.
 
     A label that is not beside its point gets a leader, which keeps clear of others too, or it would seem to end there.
@@ -303,7 +320,7 @@ def _placed(p: Point, px: float, py: float, away: int, taken: list[_Box], frame:
         middle = py + dy * (away + 4)
         box = (x, middle - 7, x + wide, middle + 7)
         inside = box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
-        free = not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
+        free = not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in (*taken, *clear_of))
         way = [(px + dx * away * s, py + (middle - py) * s) for s in (0.4, 0.6, 0.8, 1.0)] if away > 9 else []
         if inside and free and not any(t[0] < wx < t[2] and t[1] < wy < t[3] for wx, wy in way for t in others):
             taken.append(box)

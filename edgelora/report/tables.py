@@ -181,12 +181,15 @@ def disturbed(row: Row) -> str:
 
 
 def disturbances(doc: Row) -> list[str]:
-    """What disturbed which rows of the bench, a sentence a cause."""
-    said: dict[str, list[str]] = {}
-    for row in rows(doc, "bench"):
-        if why := disturbed(row):
-            said.setdefault(why, []).append(f.aside(row.get("file") or "", f.suffixed(f.count(row.get("prompt_tokens")), "prompt tokens")))
-    return [f"{', '.join(filter(None, dict.fromkeys(who))) or 'this bench'}: {why}." for why, who in said.items()]
+    """What disturbed which rows of the bench, a sentence a cause; what disturbed all of them first."""
+    found, said = rows(doc, "bench"), dict[str, list[str]]()
+    for row in found:
+        who = f"{row.get('file') or ''} in {row.get('runtime') or ''}".removeprefix(" in ").removesuffix(" in ")
+        name = f.aside(who, f.suffixed(f.count(row.get("prompt_tokens")), "prompt tokens")) or "a row"
+        for why in filter(None, disturbed(row).split("; ")):
+            said.setdefault(why, []).append(name)
+    common = [f"All of it: {why}." for why, who in said.items() if len(who) == len(found) > 1]
+    return common + [f"{', '.join(dict.fromkeys(who))}: {why}." for why, who in said.items() if not len(who) == len(found) > 1]
 
 
 def merges(doc: Row) -> list[Row]:
