@@ -20,7 +20,7 @@ def plan(recipe: recipes.Recipe, gpus: int = 1) -> dict[str, Any]:
         base = replace(base, folder=models.open_base(recipe.base, recipe.folder, recipe.out_dir).folder)
     found = lengths.of(recipe, base, dataset)
     trained = adapter.parameters(base.shapes, recipe.train)
-    device = replace(estimate.here(recipe.train.dtype), processes=gpus)
+    device = replace(estimate.here(recipe.train.dtype, recipe.threads), processes=gpus)
     predicted = estimate.training(base, recipe.train, found.train, device, found.valid)
     return {
         "name": recipe.name,

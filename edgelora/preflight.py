@@ -94,7 +94,7 @@ def _exportable(section: recipes.Export, base: models.Base, name: str) -> None:
 def _memory(recipe: recipes.Recipe, base: Outline, lengths: list[int]) -> None:
     from edgelora.train import estimate, room
 
-    room.require(base, recipe.train, lengths, estimate.here(recipe.train.dtype))
+    room.require(base, recipe.train, lengths, estimate.here(recipe.train.dtype, recipe.threads))
 
 
 def _disk(recipe: recipes.Recipe, base: Outline) -> None:

@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_told_what_would(change: dict[str, Any], memory: fl
 
 
 def test_a_base_too_large_is_refused_before_it_is_loaded(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(estimate, "here", lambda dtype: dataclasses.replace(CPU, memory_bytes=1e8))
+    monkeypatch.setattr(estimate, "here", lambda *given: dataclasses.replace(CPU, memory_bytes=1e8))
     monkeypatch.setattr(load, "load_base", lambda *arguments: pytest.fail("loaded"))
     recipe = recipes.load(tiny_recipe)
     base = models.open_base(recipe.base, recipe.folder, tmp_path)

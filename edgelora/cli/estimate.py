@@ -99,4 +99,4 @@ def _estimate(
 def _here(recipe: recipes.Recipe, base: Outline, found: Lengths) -> Estimate:
     from edgelora.train import estimate as training
 
-    return training.training(base, recipe.train, found.train, training.here(recipe.train.dtype), found.valid)
+    return training.training(base, recipe.train, found.train, training.here(recipe.train.dtype, recipe.threads), found.valid)

@@ -38,11 +38,11 @@ _SAMPLE = 8192  # rows that are dealt to see how large a batch gets
 
 # Seconds = sum of factor x work / rate, fitted on one H100 (see above): products, attention's products, passes over what a layer
 # keeps, weights written out of 4 bits. On a CPU: two cores of an AMD EPYC.
-_PRODUCTS = {"cuda": 0.94, "cpu": 1.5}
+_PRODUCTS = {"cuda": 0.94, "cpu": 1.3}
 _ATTENTION = {"flash": 3.6, "cuDNN": 0.88, "blocks": 5.0}
 _PASSES = {"cuda": 17.7, "cpu": 5.0}
 # As many times more passes by transformers' and peft's own layers: an 8B with checkpointing reaches 5,524 tokens/s on the same card.
-_PLAIN_PASSES = 3.0
+_PLAIN_PASSES = {"cuda": 3.0, "cpu": 7.0}
 _WRITE_OUT = 2.6
 _STEP_S = 0.015  # optimizer, clipping, batches, log
 _LAUNCH_S = {"recorded": 0.0, "fused": 0.0021, "plain": 0.013}  # host time to launch one layer, forward and backward
@@ -260,7 +260,7 @@ class _Job:
         attention = s.layers * 7 * s.attention * reach
         passes = 1.0 * s.layers * self.size * 2 * (s.hidden + s.attention + s.keys + s.inner)
         if self.why is not None:
-            passes *= _PLAIN_PASSES
+            passes *= _PLAIN_PASSES[device.kind]
         seconds = (_PRODUCTS[device.kind] * products + _ATTENTION[device.attention] * attention) / device.matmul_flop_per_s
         seconds += _PASSES[device.kind] * passes / device.bandwidth_bytes_per_s
         if not cut.keep and self.train.method == "qlora":  # for each use, once a micro-step
@@ -293,8 +293,8 @@ def full_finetune_bytes(parameters: int) -> int:
     return 16 * parameters
 
 
-def here(dtype: str = "auto") -> Device:
-    """This machine, its rates measured: about a second."""
+def here(dtype: str = "auto", threads: int | None = None) -> Device:
+    """This machine, its rates measured: about a second. `threads` of a CPU; all its cores without."""
     import torch
 
     from edgelora import machine, processes
@@ -305,6 +305,7 @@ def here(dtype: str = "auto") -> Device:
         name, memory = torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[0]) + CONTEXT_BYTES
     else:
         name, memory = "this machine's CPU", float(machine.available_memory_bytes() + machine.peak_rss_bytes())
+    torch.set_num_threads(threads or machine.cores())
     matmul, bandwidth = _rates(kind, load.arithmetic(dtype))
     if kind == "cuda":  # what was measured with counts neither as taken nor as the training's peak
         torch.cuda.empty_cache()

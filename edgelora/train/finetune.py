@@ -87,7 +87,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     tokens = sum(len(row.ids) for row in rows)
     valid_tokens = sum(len(row.ids) for row in valid)
     predicted = room.require(
-        outline.of(str(base.folder), Path()), train, [len(r.ids) for r in rows], estimate.here(train.dtype), valid_tokens
+        outline.of(str(base.folder), Path()), train, [len(r.ids) for r in rows], estimate.here(train.dtype, recipe.threads), valid_tokens
     )
 
     started = time.monotonic()
