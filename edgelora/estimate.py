@@ -13,6 +13,7 @@ from typing import Any
 from edgelora import recipe as recipes
 from edgelora.data.lengths import Lengths
 from edgelora.data.split import Dataset
+from edgelora.errors import ModelError
 from edgelora.export import sizes, stage
 from edgelora.gpus import Gpu, Table
 from edgelora.outline import Outline
@@ -25,6 +26,7 @@ _MERGE, _WRITE, _COMPARE, _JUDGE = (15.0, 30.0), (5.0, 10.0), (10.0, 60.0), (60.
 # llama.cpp's quantizers, seconds for a billion weights on one core, by the type most matrices get.
 _QUANTIZE = {"q4_0": 1.0, "q8_0": 3.3, "q6_k": 28.0, "q3_k": 50.0, "q4_k": 67.0, "q5_k": 67.0, "iq4": 200.0}
 _OTHERS_QUANTIZE = 100.0
+_PROCESS = 0.5e9  # bytes of a process with its libraries
 
 
 def estimate(
@@ -36,7 +38,7 @@ def estimate(
     rows = []
     for gpu in gpus:
         predicted = training.training(base, recipe.train, lengths.train, gpu.device, lengths.valid)
-        after = later(recipe, base, gpu.cpus)
+        after = later(recipe, base, gpu.cpus, files)
         rows.append(
             _row(predicted, after, gpu.dollars, table.yen_a_dollar)
             | {"gpu": gpu.key, "price": gpu.price}
@@ -46,7 +48,7 @@ def estimate(
         from edgelora import machine
 
         rows.append(
-            _row(here, later(recipe, base, machine.cores()), None, table.yen_a_dollar)
+            _row(here, later(recipe, base, machine.cores(), files), None, table.yen_a_dollar)
             | {"gpu": None}
             | _advice(recipe, base, lengths, here.device, here)
         )
@@ -71,8 +73,18 @@ def estimate(
     }
 
 
-def probed(recipe: recipes.Recipe, dataset: Dataset, predicted: Estimate, progress: Callable[[float, str], None]) -> Estimate:
-    """This machine's estimate, corrected by twenty real steps on the recipe's own rows. The base is loaded; nothing is kept."""
+def probed(
+    recipe: recipes.Recipe,
+    outline: Outline,
+    dataset: Dataset,
+    lengths: Lengths,
+    predicted: Estimate,
+    progress: Callable[[float, str], None],
+) -> Estimate:
+    """This machine's estimate, corrected by twenty real steps on the recipe's own rows. The base is loaded; nothing is kept.
+
+    ModelError for a base that is not here: nothing is fetched; EdgeloraError for a training that does not fit.
+    """
     import time
 
     import torch
@@ -81,8 +93,9 @@ def probed(recipe: recipes.Recipe, dataset: Dataset, predicted: Estimate, progre
     from edgelora.data import chat
     from edgelora.train import attention, load, probe
 
-    if not predicted.fits:
-        return predicted
+    if not outline.here:
+        raise ModelError(f"a probe trains {outline.name}, which is not on this machine", "download it first, or leave --probe out")
+    room.require(outline, recipe.train, lengths.train, predicted.device, lengths.valid)
     torch.set_num_threads(recipe.threads or machine.cores())
     base = models.open_base(recipe.base, recipe.folder, recipe.out_dir)
     tokenizer = models.open_tokenizer(base.folder)
@@ -99,30 +112,34 @@ def probed(recipe: recipes.Recipe, dataset: Dataset, predicted: Estimate, progre
     return found.correct(predicted, -(-len(valid) // predicted.cut.rows), math.ceil(recipe.train.epochs))
 
 
-def later(recipe: recipes.Recipe, base: Outline, cores: int) -> list[dict[str, Any]]:
-    """The steps after the training: name and seconds on so many processor cores."""
+def later(recipe: recipes.Recipe, base: Outline, cores: int, files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps after the training: name, seconds on so many processor cores, and memory (bytes). `files` are the rows of `sizes`."""
     billions = base.parameters / 1e9
     cores = min(cores, 8)  # more gain little: reading and writing stay
 
     def took(cost: tuple[float, float]) -> float:
         return cost[0] + cost[1] * billions / cores
 
+    # The model that a file is compared with runs a layer at a time in fp32, beside its embedding and its head (export.reference).
+    streamed = _PROCESS + 8 * base.linear / int(base.config["num_hidden_layers"]) + 4.0 * (base.parameters - base.linear)
     steps = []
     sections = [stage.resolve(section) for section in recipe.exports]
     if not all(stage.format_module(section.format).MERGES for section in sections):
-        steps.append({"step": "merge", "seconds": took(_MERGE) + took(_COMPARE)})
+        steps.append({"step": "merge", "seconds": took(_MERGE) + took(_COMPARE), "peak_bytes": round(streamed)})
+    largest = max((row["size_bytes"] or 2 * base.parameters for row in files), default=0)
     for section in sections:
         module = stage.format_module(section.format)
+        peak = streamed + largest  # the file is open beside it
         if hasattr(module, "estimate_of"):  # on one core
-            own = module.estimate_of(base.config, base.shapes, section.type, False)["seconds"]
+            own = module.estimate_of(base.config, base.shapes, section.type, False)
+            seconds, peak = own["seconds"], max(peak, own["peak_bytes"])
         else:
-            rate = next((s for name, s in _QUANTIZE.items() if str(section.type).startswith(name)), _OTHERS_QUANTIZE)
-            own = rate * billions / cores
+            seconds = next((s for name, s in _QUANTIZE.items() if str(section.type).startswith(name)), _OTHERS_QUANTIZE) * billions / cores
         name = f"export {section.format} {section.type or section.max_size or section.max_kl}"
         # twice: the untuned base is written beside it, to be compared
-        steps.append({"step": name, "seconds": 2 * (own + took(_WRITE) + took(_COMPARE))})
-    steps.append({"step": "evaluate and bench", "seconds": len(sections) * took(_JUDGE)})
-    return steps
+        steps.append({"step": name, "seconds": 2 * (seconds + took(_WRITE) + took(_COMPARE)), "peak_bytes": round(peak)})
+    judge = {"step": "evaluate and bench", "seconds": len(sections) * took(_JUDGE), "peak_bytes": round(_PROCESS + largest)}
+    return [*steps, judge]
 
 
 def disk_bytes(recipe: recipes.Recipe, base: Outline, files: Sequence[dict[str, Any]]) -> int:
@@ -158,7 +175,11 @@ def _row(predicted: Estimate, after: Sequence[dict[str, Any]], dollars: float | 
     if not predicted.fits:
         return row
     whole = predicted.seconds + sum(step["seconds"] for step in after)
-    row |= {"tok_per_s": predicted.tok_per_s, "steps": [{"step": "fine-tune", "seconds": predicted.seconds}, *after], "whole_s": whole}
+    row |= {
+        "tok_per_s": predicted.tok_per_s,
+        "steps": [{"step": "fine-tune", "seconds": predicted.seconds, "peak_bytes": round(predicted.needed_bytes)}, *after],
+        "whole_s": whole,
+    }
     if dollars is not None:
         for step in row["steps"]:
             step["dollars"] = step["seconds"] / 3600 * dollars

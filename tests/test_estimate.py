@@ -186,6 +186,7 @@ def test_money_is_hours_times_the_price() -> None:
     assert row["dollars"] == pytest.approx(row["seconds"] / 3600 * table.gpus["l4"].dollars)
     assert row["yen"] == pytest.approx(150 * row["dollars"])
     assert row["whole_s"] == pytest.approx(sum(step["seconds"] for step in row["steps"]))
+    assert all(step["peak_bytes"] > 0.5e9 for step in row["steps"])
     assert [step["step"] for step in row["steps"]] == ["fine-tune", "export gguf q4_k_m", "evaluate and bench"]
 
 
@@ -231,6 +232,13 @@ def test_the_command(tmp_path: Path, tiny_base: Path) -> None:
         done = edgelora("estimate", *arguments, cwd=tmp_path)
         assert done.code == (3 if "none.yaml" in arguments else 2), done
         assert done.err.startswith(message)
+
+
+def test_a_probe_fetches_nothing(tmp_path: Path) -> None:
+    write_recipe(tmp_path, "Qwen/Qwen2.5-0.5B")
+    done = edgelora("estimate", "tiny.yaml", "--devices", "here", "--probe", cwd=tmp_path)
+    assert (done.code, done.out) == (3, "")
+    assert done.err == ("error: a probe trains Qwen2.5-0.5B, which is not on this machine\ndownload it first, or leave --probe out\n")
 
 
 def test_a_probe_measures(tmp_path: Path, tiny_base: Path) -> None:

@@ -75,10 +75,14 @@ def _steps(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not fitting:
         return []
     row = min(fitting, key=lambda row: (row.get("whole_dollars", 1e9), row["whole_s"]))
-    steps = ", ".join(
-        f"{step['step']} {seconds(step['seconds'])}" + (f" (${step['dollars']:.2f})" if "dollars" in step else "") for step in row["steps"]
-    )
-    return [f"step by step on {row['device']}: {steps}"]
+    return [
+        f"step by step on {row['device']}:",
+        *(
+            f"  {step['step']}: {seconds(step['seconds'])}, {size(step['peak_bytes'])} of {'RAM' if number else 'memory'}"
+            + (f", ${step['dollars']:.2f}" if "dollars" in step else "")
+            for number, step in enumerate(row["steps"])
+        ),
+    ]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

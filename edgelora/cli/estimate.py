@@ -91,7 +91,7 @@ def _estimate(
         own = _here(recipe, base, found)
         if probe and dataset:
             with echo.progress() as progress:
-                own = whole.probed(recipe, dataset, own, lambda share, text: progress("probe", share, text))
+                own = whole.probed(recipe, base, dataset, found, own, lambda share, text: progress("probe", share, text))
     document = whole.estimate(recipe, base, found, table, gpus, own)
     echo.result(document, *costs.lines(document))
 

@@ -300,27 +300,27 @@ def here(dtype: str = "auto", threads: int | None = None) -> Device:
     from edgelora import machine, processes
     from edgelora.train import attention, load
 
-    kind = load.device()
+    kind, place = load.device(), load.own_device()
     if kind == "cuda":
-        name, memory = torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[0]) + CONTEXT_BYTES
+        name, memory = torch.cuda.get_device_name(place), float(torch.cuda.mem_get_info(place)[0]) + CONTEXT_BYTES
     else:
         name, memory = "this machine's CPU", float(machine.available_memory_bytes() + machine.peak_rss_bytes())
     torch.set_num_threads(threads or machine.cores())
-    matmul, bandwidth = _rates(kind, load.arithmetic(dtype))
+    matmul, bandwidth = _rates(place, load.arithmetic(dtype))
     if kind == "cuda":  # what was measured with counts neither as taken nor as the training's peak
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(place)
     kernel: Any = attention.kernel(load.arithmetic(dtype))
     bf16 = load.arithmetic("auto") == torch.bfloat16
     return Device(name, "cuda" if kind == "cuda" else "cpu", memory, matmul, bandwidth, bf16, kernel, processes.count())
 
 
-def _rates(kind: str, dtype: Any) -> tuple[float, float]:
+def _rates(place: str, dtype: Any) -> tuple[float, float]:
     """FLOP/s of a square product and bytes a second of a copy, the fastest of four."""
     import torch
 
-    side, copied = (8192, 1 << 26) if kind == "cuda" else (1024, 1 << 24)
-    a, b = torch.ones(side, side, dtype=dtype, device=kind), torch.zeros(copied, dtype=torch.float32, device=kind)
+    side, copied = (8192, 1 << 26) if place != "cpu" else (1024, 1 << 24)
+    a, b = torch.ones(side, side, dtype=dtype, device=place), torch.zeros(copied, dtype=torch.float32, device=place)
     return 2 * side**3 / _fastest(lambda: (a @ a).sum().item()), 8 * copied / _fastest(lambda: b.clone()[0].item())
 
 
