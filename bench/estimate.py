@@ -30,10 +30,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 # name: what of the quick start's recipe is set otherwise
 CPU = {
-    "8 rows": ("train.epochs=0.35",),
-    "4 rows, 16 bits, r = 8": ("train.epochs=0.2", "train.method=lora", "train.batch=4", "train.r=8"),
-    "16 rows, recomputed": ("train.epochs=0.5", "train.batch=16", "train.checkpointing=true"),
-    "4 rows, dropout (transformers' own layers)": ("train.epochs=0.15", "train.batch=4", "train.dropout=0.05"),
+    "2 rows": ("train.epochs=0.1", "train.batch=2"),
+    "4 rows, 16 bits, r = 8": ("train.epochs=0.15", "train.method=lora", "train.batch=4", "train.r=8"),
+    "8 rows, recomputed": ("train.epochs=0.25", "train.checkpointing=true"),
+    "2 rows, dropout (transformers' own layers)": ("train.epochs=0.1", "train.batch=2", "train.dropout=0.05"),
 }
 # name: shape of train_speed.py, rows a step, tokens a row at least and at most, steps, settings
 GPU: dict[str, tuple[str, int, tuple[int, int], int, dict[str, Any]]] = {
@@ -48,9 +48,9 @@ GPU: dict[str, tuple[str, int, tuple[int, int], int, dict[str, Any]]] = {
 }
 
 
-def on_cpu(changes: tuple[str, ...], out: Path) -> dict[str, Any]:
+def on_cpu(changes: tuple[str, ...], out: Path, threads: int) -> dict[str, Any]:
     """The commands as a user types them."""
-    given = [part for change in (*changes, f"out={out}") for part in ("--set", change)]
+    given = [part for change in (*changes, f"out={out}", f"threads={threads}") for part in ("--set", change)]
 
     def said(*command: str) -> Any:
         line = [sys.executable, "-m", "edgelora.cli", *command, *given, "--json", "--quiet"]
@@ -154,9 +154,12 @@ def row(memory: float, seconds: float, probed: float, measured_memory: float, me
 
 
 def main() -> None:
+    from edgelora import machine
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recorded", action="store_true", help="compare with recorded runs; nothing is trained")
     parser.add_argument("--cases", nargs="*", help="some of the settings, by their names' beginnings")
+    parser.add_argument("--threads", type=int, default=machine.cores(), help="of a CPU")
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing new after this time")
     options = parser.parse_args()
     rows: dict[str, Any] = {}
@@ -175,7 +178,7 @@ def main() -> None:
                 print("out of time before", name)
                 break
             with tempfile.TemporaryDirectory() as out:
-                rows[name] = on_gpu(*case) if cuda else on_cpu(case, Path(out))  # type: ignore[arg-type,misc]
+                rows[name] = on_gpu(*case) if cuda else on_cpu(case, Path(out), options.threads)  # type: ignore[arg-type,misc]
             print(name, json.dumps(rows[name]), flush=True)
     memory, timed = (max(abs(r[key]) for r in rows.values()) for key in ("memory_error", "probed_time_error"))
     for name, r in rows.items():
@@ -184,7 +187,7 @@ def main() -> None:
     headline = [[where, f"memory at most {memory:.1%} off, time at most {timed:.1%} after a probe"]]
     command = "python bench/estimate.py" + (" --recorded" if options.recorded else "")
     what = "estimate-recorded" if options.recorded else "estimate"
-    results.save(what, command, PACKAGES, headline, {"settings": rows})
+    results.save(what, command, PACKAGES, headline, {"load_average": machine.load_average(), "settings": rows})
 
 
 if __name__ == "__main__":

@@ -86,9 +86,8 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
         notes.append(f"{left_out} training rows longer than train.max_tokens = {train.max_tokens} left out")
     tokens = sum(len(row.ids) for row in rows)
     valid_tokens = sum(len(row.ids) for row in valid)
-    predicted = room.require(
-        outline.of(str(base.folder), Path()), train, [len(r.ids) for r in rows], estimate.here(train.dtype, recipe.threads), valid_tokens
-    )
+    shape, device = outline.of(str(base.folder), Path()), estimate.here(train.dtype, torch.get_num_threads())
+    predicted = room.require(shape, train, [len(row.ids) for row in rows], device, valid_tokens)
 
     started = time.monotonic()
     set_seed(recipe.seed)
