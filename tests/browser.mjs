@@ -31,14 +31,14 @@ try {
   page.on("pageerror", (error) => errors.push(String(error)));
   const origin = `http://127.0.0.1:${server.address().port}`;
   await page.goto(`${origin}/${folder}/chat.html`);
-  await page.waitForFunction(() => !document.getElementById("state").textContent.startsWith("Loading"), null, { timeout: 120000 });
+  await page.waitForFunction(() => !document.getElementById("state").textContent.startsWith("Loading"), null, { timeout: 600000 });
   const ready = await page.textContent("#state");
   const began = performance.now();
   let answer = "", state = "";
   if (ready.startsWith("Ready")) {
     await page.fill("#text", message);
     await page.click("#send");
-    await page.waitForFunction(() => !document.getElementById("send").disabled, null, { timeout: 300000 });
+    await page.waitForFunction(() => !document.getElementById("send").disabled, null, { timeout: 600000 });
     answer = await page.textContent("#log li.assistant");
     state = await page.textContent("#state");
   }

@@ -211,6 +211,17 @@ def test_blocks_and_activations_by_name(exports: Exports, tmp_path: Path) -> Non
     assert losses[0] < losses[1]
 
 
+def test_time_and_memory_are_predicted(exports: Exports, tmp_path: Path) -> None:
+    model = exports.model("llama", True)
+    done = edgelora("export", model, "--format", "onnx", "--type", "int4-mixed", "--dry-run", "--json", cwd=tmp_path)
+    planned = done.document
+    assert 5 < planned["seconds"] < 10  # nearly nothing but imports
+    assert 6e8 < planned["peak_bytes"] < 2e9
+    assert planned["predicted_bytes"] == onnx_export.predict_bytes(model, "int4-mixed")
+    plain, weighed = (onnx_export.estimate(model, "int4-mixed", importance) for importance in (False, True))
+    assert all(plain[key] < weighed[key] for key in plain)
+
+
 def test_types_differ_in_the_way_they_should(exports: Exports) -> None:
     folders = {type: exports.export(("llama", True, type)) for type in ("int4", "int4-mixed", "int8", "fp32")}
     reference = torch_scores(exports.torch_model(("llama", True, "fp32")), IDS)
