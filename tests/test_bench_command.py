@@ -101,11 +101,13 @@ def taught(model: Path, rows: Path, folder: Path) -> Path:
     longest = max(map(len, batch))
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in batch])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch])
-    steps = torch.optim.Adam(net.parameters(), lr=3e-3)
+    steps, threads = torch.optim.Adam(net.parameters(), lr=3e-3), torch.get_num_threads()
+    torch.set_num_threads(1)  # more only wait for each other in a model as small as this
     for _ in range(60):
         net(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
         steps.step()
         steps.zero_grad()
+    torch.set_num_threads(threads)
     net.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
