@@ -174,7 +174,9 @@ def _estimates(doc: Mapping[str, Any]) -> list[Markup]:
 
 
 def _beside(figure: Markup, table: Markup) -> Markup:
-    return tag("div", figure, table, class_="beside") if figure and table else figure or table
+    if figure and table:
+        return tag("div", figure, table, class_="beside")
+    return tag("div", figure, class_="figures") if figure else table
 
 
 def _answers(doc: Mapping[str, Any]) -> list[Markup]:

@@ -82,7 +82,7 @@ figure svg { display: block; width: 100%; max-width: 460px; height: auto; overfl
     linear-gradient(to right, var(--shade), transparent) 0 0 / 14px 100% no-repeat scroll,
     linear-gradient(to left, var(--shade), transparent) 100% 0 / 14px 100% no-repeat scroll,
     var(--card); }
-.figures + .scroll, .scroll + .scroll, .beside + .scroll, .scroll + .beside { margin-top: 16px; }
+.figures + .scroll, .scroll + .scroll, .beside + .scroll, .scroll + .beside, .scroll + .figures { margin-top: 16px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.4; font-variant-numeric: tabular-nums; }
 th, td { padding: 9px 12px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
