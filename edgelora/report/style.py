@@ -84,7 +84,7 @@ figure svg { display: block; width: 100%; max-width: 460px; height: auto; overfl
     var(--card); }
 .figures + .scroll, .scroll + .scroll, .beside + .scroll, .scroll + .beside, .scroll + .figures { margin-top: 16px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.4; font-variant-numeric: tabular-nums; }
-th, td { padding: 9px 12px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
+th, td { padding: 9px 10px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--soft); font-weight: 500; font-size: 13px; white-space: normal; vertical-align: bottom; min-width: 4em; }
 .beside > .scroll { min-width: 0; }
