@@ -37,13 +37,13 @@ def nf4_written_out(weight: np.ndarray) -> np.ndarray:
     return np.asarray(bnb.dequantize_4bit(packed, state).numpy())
 
 
-def dense(base: Path, adapter: Path, into: str) -> Any:
-    """The merged model by bitsandbytes and PEFT, float32."""
+def dense(base: Path, adapter: Path, into: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The merged model by bitsandbytes and PEFT, added up in float32; `dtype` is what training computed in and rounded the base to."""
     from peft import PeftModel
 
-    model = load.load_base(base, "qlora" if into == "nf4" else "lora", torch.float32)
+    model = load.load_base(base, "qlora" if into == "nf4" else "lora", dtype if into == "nf4" else torch.float32)
     if into == "nf4":
-        model = models.as_dense(model.dequantize())
+        model = models.as_dense(model.dequantize()).float()
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
 
 
@@ -72,7 +72,9 @@ def test_the_kept_merge_is_the_better_one_in_bf16(finished: Line, tiny_base: Pat
     losses = {row["base"]: row["loss"] for row in facts["candidates"]}
     assert losses[facts["kept"]] == min(losses.values())
     assert report.read(finished.out)["merge"]["kept"] == facts["kept"]
-    expected = dense(tiny_base, finished.one("adapter-*"), facts["kept"]).to(torch.bfloat16).state_dict()
+    adapter = finished.one("adapter-*")
+    trained_in = getattr(torch, artifact.load(adapter).facts["dtype"])
+    expected = dense(tiny_base, adapter, facts["kept"], trained_in).to(torch.bfloat16).state_dict()
     from safetensors.torch import load_file as load_torch
 
     for name, weight in load_torch(model / "model.safetensors").items():
