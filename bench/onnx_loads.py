@@ -57,19 +57,19 @@ def row(folder: Path, question: str, work: Path) -> dict[str, Any]:
     node = onnx_web.check(web, {}, {prompt: ids}, rendered)
     page = in_chromium(web, question)
     answer = str(page.get("answer", ""))
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(answer, expected, strict=False)))
     shutil.rmtree(web)
     return {
         "type": kind,
         "onnxruntime": expected,
         "onnxruntime-genai": genai,
         "transformers.js in Node": node,
-        "Chromium": page,
-        "same": {
-            "onnxruntime-genai": genai == expected,
-            "transformers.js in Node": node.get("same_text"),
-            "Chromium": bool(answer) and (answer.startswith(expected) or expected.startswith(answer)),
+        "Chromium": page | {"characters_alike": alike},
+        "found": {
+            "onnxruntime-genai": "the same answer" if genai == expected else "another answer",
+            "transformers.js in Node": "the same answer" if node.get("same_text") else "another answer",
+            "Chromium": "the same answer" if answer and alike in (len(answer), len(expected)) else f"the same first {alike} characters",
         },
-        "characters_alike_in_chromium": sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(answer, expected, strict=False))),
     }
 
 
