@@ -31,7 +31,6 @@ class Gpu:
     dollars: float
     price: str
     cpus: int = 8
-    bf16: bool = True
     hopper: bool = False
 
     @property
@@ -42,8 +41,7 @@ class Gpu:
             self.memory_mib * 2**20,
             self.matmul_tflop_per_s * 1e12 * _REACHED_MATMUL,
             self.bandwidth_gb_per_s * 1e9 * _REACHED_BANDWIDTH,
-            self.bf16,
-            "cuDNN" if self.hopper else "flash",
+            attention="cuDNN" if self.hopper else "flash",
         )
 
 

@@ -17,7 +17,7 @@ from edgelora import recipe as recipes
 from edgelora.data import chat, lengths, split
 from edgelora.errors import DataError, EdgeloraError, UsageError
 from edgelora.export import sizes
-from edgelora.train import adapter, attention, estimate, finetune, layer, load, room
+from edgelora.train import adapter, attention, estimate, finetune, layer, load, loss, room
 from tests.line import ROOT, edgelora, write_recipe
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
@@ -79,6 +79,11 @@ def test_whose_layers_run_is_known_beforehand(tmp_path: Path, arch: str) -> None
         model = adapter.attach(load.load_base(folder, "qlora", torch.float32, attention.NAME), train)
         foreseen = estimate.obstacle(outline.of(str(folder), Path()), train, CPU)
         assert (foreseen is None) == (layer.obstacle(model) is None), (arch, change)
+
+
+def test_what_is_counted_is_what_the_loop_holds() -> None:
+    assert estimate._PIECE == loss._PIECE
+    assert estimate._SHORT == attention._KEPT
 
 
 def test_less_memory_by_every_way_to_save_it() -> None:
@@ -210,15 +215,15 @@ def test_the_introductions_claims() -> None:
 
 def test_the_command(tmp_path: Path, tiny_base: Path) -> None:
     write_recipe(tmp_path, tiny_base)
-    found = edgelora("estimate", "tiny.yaml", "--devices", "t4,here", "--json", cwd=tmp_path).document
+    found = edgelora("estimate", "tiny.yaml", "--devices", "l4,here", "--json", cwd=tmp_path).document
     assert found["estimate"] is True
-    assert [row["gpu"] for row in found["devices"]] == ["t4", None]
+    assert [row["gpu"] for row in found["devices"]] == ["l4", None]
     assert found["devices"][0]["kernels"].startswith("plain: train.dropout")
     assert [row["size_bytes"] for row in found["files"]] == [
         row["size_bytes"] for row in edgelora("run", "tiny.yaml", "--dry-run", "--json", cwd=tmp_path).document["files"]
     ]
     assert not (tmp_path / "runs").exists()
-    said = edgelora("estimate", "tiny.yaml", "--rows", "1000", "--devices", "t4", cwd=tmp_path)
+    said = edgelora("estimate", "tiny.yaml", "--rows", "1000", "--devices", "l4", cwd=tmp_path)
     assert said.code == 0
     assert said.out.startswith("Estimates: nothing below was measured.\n")
     assert "assumed: 1,000 rows of 256 tokens" in said.out

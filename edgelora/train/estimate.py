@@ -2,10 +2,10 @@
 
 Memory on a GPU is counted from the shapes that `layer`, `projection`, `loss` and the optimizer hold at the two moments when most is
 held: while the loss is made, and while the last layer goes backwards. Nothing in it is fitted but a constant for what
-the libraries keep. Against the nine runs of `bench/results/h100-80gb/*-train-speed.json` (135M to 70B) it is at most 3 % off.
+the libraries keep. Against the seventeen runs in `bench/results/h100-80gb/*-train-speed.json` (135M to 70B) it is at most 5 % off.
 
 Time is what the arithmetic, the attention and the passes over memory take at the rates of the device, each times a factor that was
-fitted on seventeen such runs (at most 8 % off), or the time to launch all the kernels where that is longer.
+fitted on the same runs (at most 8 % off), or the time to launch all the kernels where that is longer.
 `probe` replaces both by what a few steps really took.
 """
 
@@ -28,8 +28,8 @@ CONTEXT_BYTES = 0.6e9  # what CUDA and its libraries take of a GPU beside torch'
 _PIECE = {"cuda": 1 << 28, "cpu": 1 << 23}  # logits at once: loss._PIECE
 _LIBRARIES = {"cuda": 0.15e9, "cpu": 0.46e9}  # cuBLAS's workspaces; a CPU's process as it is after its imports
 _SHORT = 256  # tokens: attention._KEPT
-# Bytes that transformers' and peft's own layers keep of a token in bf16, for every unit of hidden, inner, attention and key sizes: solved from what
-# autograd saved in tiny models of five sizes each. With train.dropout 20 a hidden and 4 an inner unit more.
+# Bytes that transformers' and peft's own layers keep of a token in bf16, for every unit of hidden, inner, attention and key sizes:
+# solved from what autograd saved in tiny models of five sizes each. With train.dropout 20 a hidden and 4 an inner unit more.
 _PLAIN = {"qwen3": (28, 10, 12, 8), "gemma3_text": (36, 10, 12, 8), "phi3": (20, 10, 6, 6)}
 _PLAIN_LLAMA, _DORA, _DROPOUT = (28, 10, 12, 4), (48, 25, 16, 16), (20, 4, 0, 0)
 _SCATTERED = 1.2  # many small pieces leave gaps in a CPU's heap
@@ -207,7 +207,7 @@ class _Job:
             if cut.keep and self.train.method == "lora" and not cpu:
                 written -= size * s.linear  # the base's own weights are those
         kept = (s.layers - cut.recompute) * self._kept(longest) + cut.recompute * size * s.hidden
-        passing = self._passing(longest) + (self._kept(longest) if cut.recompute == s.layers else 0)
+        passing = size * 4 * (s.inner + s.hidden) + (self._kept(longest) if cut.recompute == s.layers else 0)
         # The last norm is transformers' own and keeps its input twice in fp32; then the hidden states that predict, and their gradients.
         vocabulary = int(self.outline.config["vocab_size"])
         rows = max(16, _PIECE[self.device.kind] // vocabulary)
@@ -244,11 +244,6 @@ class _Job:
             return kept * (_SCATTERED if self.device.kind == "cpu" else 1) + probabilities
         low = 7 * self.train.r * self.size
         return self.size * 2 * (s.hidden + s.attention + s.keys + s.inner) + 4 * heads + low + probabilities
-
-    def _passing(self, longest: int) -> float:
-        """Bytes that a layer's backward pass holds of a token beside that."""
-        s = self.shape
-        return self.size * (4 * s.inner + 4 * s.hidden)
 
     def token_s(self, lengths: Sequence[int], cut: fit.Cut) -> float:
         """Seconds a token, forwards, backwards and its loss, when nothing waits for launches and nothing is recomputed."""
