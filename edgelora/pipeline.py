@@ -87,7 +87,7 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
             continue
         made: list[Artifact] = []
         # what an adapter file is compared with is the base alone
-        before = replace(section, format="gguf") if module.APART else section
+        before = replace(section, format="gguf") if module.APART else replace(section, target=None)
         for source, wanted, prefix in (
             (tuned.plain(base.folder, base.key), before, "base-"),
             (model if module.MERGES else written, section, ""),
