@@ -32,6 +32,7 @@ Progress = Callable[[float, str], None]
 EMBEDDING = "token_embd.weight"
 
 _TOKENS_AT_ONCE = 2048
+_PREDICTIONS_AT_ONCE = 256  # of tokens: with a vocabulary of 262k one takes a megabyte, its gradients several
 _SKETCH = 256  # combinations of gradients: a trace is right to about 5 %
 _STATES = 512  # of the head's inputs, kept as they are
 _SEED = 20251101
@@ -210,13 +211,7 @@ def collect(model: Any, rows: Sequence[Encoded], progress: Progress) -> Curvatur
             progress(done / total, f"{total:,} tokens of training rows")
             ids, scored, real = _padded(batch, device)
             last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[scored]
-            predictions = torch.log_softmax(_logits(model, last).float(), dim=-1)
-            if not torch.isfinite(predictions).all():
-                raise ModelError(
-                    "the model's predictions are NaN or infinite", "the training diverged: lower the learning rate and train again"
-                )
-            labels = torch.multinomial(predictions.detach().exp(), 1, generator=draw)
-            predictions.gather(1, labels).sum().backward()
+            last.backward(_score_gradients(model, last.detach(), draw))
             seen = last.detach().float()
             of_head += seen.T @ seen
             states.append(seen[:: max(1, sum(row.n_trained for row in rows) // _STATES)].cpu())
@@ -246,6 +241,22 @@ def collect(model: Any, rows: Sequence[Encoded], progress: Progress) -> Curvatur
     return Curvature(
         moments, {**source, head: head}, sketches, torch.cat(states)[:_STATES].numpy(), (lookups / answers).cpu().numpy(), head, answers
     )
+
+
+def _score_gradients(model: Any, states: Any, draw: Any) -> Any:
+    """The gradient, at the head's inputs `states`, of the log-likelihood of labels drawn from the model's predictions; a few tokens at a time."""
+    import torch
+
+    states.requires_grad_()
+    for part in states.split(_PREDICTIONS_AT_ONCE):
+        predictions = torch.log_softmax(_logits(model, part).float(), dim=-1)
+        if not torch.isfinite(predictions).all():
+            raise ModelError(
+                "the model's predictions are NaN or infinite", "the training diverged: lower the learning rate and train again"
+            )
+        labels = torch.multinomial(predictions.detach().exp(), 1, generator=draw)
+        predictions.gather(1, labels).sum().backward()
+    return states.grad
 
 
 def _matrices(model: Any, sources: Mapping[str, architectures.Source]) -> dict[str, Any]:
