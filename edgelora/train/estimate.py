@@ -26,7 +26,7 @@ from edgelora.train.dealing import Division, deal, rounded_up
 NF4 = 0.5 + 1 / 64 + 4 / 16384  # bytes a weight: 4 bits, a byte a block of 64, 4 bytes every 256 blocks (double quantization)
 CONTEXT_BYTES = 0.6e9  # what CUDA and its libraries take of a GPU beside torch's own memory
 _PIECE = {"cuda": 1 << 28, "cpu": 1 << 23}  # logits at once: loss._PIECE
-_LIBRARIES = {"cuda": 0.15e9, "cpu": 0.46e9}  # cuBLAS's workspaces; a CPU's process as it is after its imports
+_LIBRARIES = {"cuda": 0.15e9, "cpu": 0.57e9}  # cuBLAS's workspaces; a CPU's process before it loads the base
 _SHORT = 256  # tokens: attention._KEPT
 # Bytes that transformers' and peft's own layers keep of a token in bf16, for every unit of hidden, inner, attention and key sizes:
 # solved from what autograd saved in tiny models of five sizes each. With train.dropout 20 a hidden and 4 an inner unit more.
