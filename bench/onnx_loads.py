@@ -83,9 +83,7 @@ def main() -> None:
         for folder in arguments.folders:
             rows.append(row(folder, arguments.question, Path(work)))
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
-    headline = [
-        (one["type"], ", ".join(f"{name} {'alike' if same else 'otherwise'}" for name, same in one["same"].items())) for one in rows
-    ]
+    headline = [(one["type"], ", ".join(f"{name}: {said}" for name, said in one["found"].items())) for one in rows]
     results.save(
         "onnx-loads",
         "python bench/onnx_loads.py FOLDER...",
