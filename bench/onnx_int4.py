@@ -95,7 +95,11 @@ def main() -> None:
     if arguments.speed:
         measured = speed(arguments.model, arguments.work, arguments.threads)
         figures = [
-            (f"{row['file']} in {row['runtime']}", f"decode {row['decode_tok_per_s']:.1f} tok/s, prefill {row['prefill_tok_per_s']:.0f}")
+            (
+                f"{row['file']} in {row['runtime']}",
+                f"{1000 * row['cpu_s_per_token']:.2f} ms CPU a decoded token, {1000 * row['prefill_cpu_s']:.0f} ms for {row['prompt_tokens']} "
+                f"prompt tokens, decode {row['decode_tok_per_s']:.0f} tok/s" + (" (beside other programs)" if row["crowded"] else ""),
+            )
             for row in measured
         ]
         results.save("onnx-int4-speed", f"{COMMAND} --speed --threads {arguments.threads}", PACKAGES, figures, {"speed": measured})
