@@ -44,11 +44,12 @@ def resources(recipe: recipes.Recipe, base: models.Base, dataset: Dataset) -> No
         _attempt(problems, partial(_exportable, section, base, recipe.name))
     _raise(problems)
     shape = outline.of(str(base.folder), Path())
+    trained = adapter.parameters(shape.shapes, recipe.train)
     tokenizer = models.open_tokenizer(base.folder)
     rows = _attempt(problems, lambda: [ids for _, ids in chat.encode_all(tokenizer, dataset.train, recipe.train.max_tokens)])
     if rows:
         _attempt(problems, lambda: _memory(recipe, shape, [len(row.ids) for row in rows]))
-    _attempt(problems, lambda: _disk(recipe, shape))
+    _attempt(problems, lambda: _disk(recipe, shape, trained))
     if base.gguf is not None:
         text = "\n".join(row.question + "\n" + row.answer for row in dataset.train)[:_PARITY_CHARACTERS]
         _attempt(problems, lambda: token_parity(tokenizer, base.gguf, [*PROBES, text]))
@@ -97,8 +98,7 @@ def _memory(recipe: recipes.Recipe, base: Outline, lengths: list[int]) -> None:
     room.require(base, recipe.train, lengths, estimate.here(recipe.train.dtype, recipe.threads))
 
 
-def _disk(recipe: recipes.Recipe, base: Outline) -> None:
-    trained = adapter.parameters(base.shapes, recipe.train)
+def _disk(recipe: recipes.Recipe, base: Outline, trained: int) -> None:
     needed = estimates.disk_bytes(recipe, base, [sizes.predict(base, section, recipe.name, trained) for section in recipe.exports])
     place = recipe.out_dir
     while not place.exists():

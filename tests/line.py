@@ -98,7 +98,10 @@ def start(*arguments: object, cwd: Path, said: Path, stdin: bytes = b"", gpus: i
 def kill(process: BaseProcess) -> None:
     """SIGKILL for the command's whole process group."""
     assert process.pid is not None
-    os.killpg(process.pid, signal.SIGKILL)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has not come to lead a group yet
+        process.kill()
     process.join(10)
 
 
