@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -218,3 +219,14 @@ def _read(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc map every block of a MiB or more by itself, so that it goes back to the system when it is freed.
+
+    By default that limit grows with the blocks that were freed, up to 32 MiB, and what a model read layer by layer lets go
+    of stays with the process: 55 MB for every layer of a 7B. For this process, from here on; elsewhere nothing happens.
+    mallopt(3), M_MMAP_THRESHOLD.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(-3, 1 << 20)

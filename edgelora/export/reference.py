@@ -12,7 +12,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from edgelora import models
+from edgelora import machine, models
 from edgelora.data.chat import Encoded
 from edgelora.errors import ModelError
 from edgelora.runtime.torch_reference import stop_ids
@@ -62,6 +62,7 @@ class _Streamed:
     def __init__(self, folder: Path, weights: Checkpoint, adapter: Path | None) -> None:
         from safetensors.torch import load_file
 
+        machine.give_back_freed_memory()
         self._weights = weights
         self._tied: dict[str, str] = {}
         try:
