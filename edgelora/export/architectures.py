@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelora.errors import ModelError
+from edgelora.export import rotation
 
 if TYPE_CHECKING:
     import torch
@@ -105,11 +106,11 @@ def of_gguf(name: str) -> tuple[str, Architecture]:
 
 def _pairs(weight: torch.Tensor, config: Any) -> torch.Tensor:
     """Hugging Face rotates element j of a head with element j + d/2, llama.cpp's NORM rotation 2j with 2j + 1."""
-    return weight.reshape(-1, 2, head_dim(config) // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    return weight.reshape(-1, 2, rotation.head_dim(config) // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def _halves(weight: torch.Tensor, config: Any) -> torch.Tensor:
-    return weight.reshape(-1, head_dim(config) // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    return weight.reshape(-1, rotation.head_dim(config) // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 pairs = Change(_pairs, _halves)
@@ -128,8 +129,8 @@ def _common(config: Any) -> Metadata:
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "attention.key_length": head_dim(config),
-        "attention.value_length": head_dim(config),
+        "attention.key_length": rotation.head_dim(config),
+        "attention.value_length": rotation.head_dim(config),
         "vocab_size": config.vocab_size,
     }
 
@@ -144,58 +145,17 @@ def _common_settings(file: File) -> Settings:
         "intermediate_size": keys["feed_forward_length"],
         "num_attention_heads": heads,
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-        "rms_norm_eps": _short(keys["attention.layer_norm_rms_epsilon"]),
+        "rms_norm_eps": rotation.short(keys["attention.layer_norm_rms_epsilon"]),
         "head_dim": keys.get("attention.key_length", keys["embedding_length"] // heads),
-        "rope_parameters": _rotation_settings(keys),
+        "rope_parameters": rotation.settings(keys),
         "tie_word_embeddings": "output.weight" not in file.names,
     }
-
-
-def _short(value: float) -> float:
-    """The shortest number that is the same in 32 bits: 1e-05 instead of 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-def head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _context_length(config: Any) -> int:
     """llama.cpp runs these architectures without a sliding window, so the file promises no more than one window."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return min(config.max_position_embeddings, window or config.max_position_embeddings)
-
-
-def _rotation(config: Any, *kinds: str) -> Metadata:
-    """Keys of the rotary embedding; `kinds` are the scalings that llama.cpp runs for this architecture."""
-    rope = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    keys: Metadata = {
-        "rope.freq_base": float(rope["rope_theta"]),
-        "rope.dimension_count": int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)),
-    }
-    if kind not in ("default", *kinds):
-        raise ModelError(
-            f"rope_type {kind!r} of this {config.model_type} model cannot be written to GGUF", f"known here: default, {', '.join(kinds)}"
-        )
-    if kind in ("linear", "yarn"):
-        keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn":
-        own = {key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None}
-        if own or rope.get("beta_fast", 32) != 32 or rope.get("beta_slow", 1) != 1 or not rope.get("truncate", True):
-            raise ModelError(f"YaRN with settings of its own ({config.rope_parameters}) cannot be written to GGUF", "use factor alone")
-        keys["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
-    return keys
-
-
-def _rotation_settings(keys: Mapping[str, Any]) -> Settings:
-    kind = keys.get("rope.scaling.type", "none")
-    rope: Settings = {"rope_type": "default" if kind == "none" else kind, "rope_theta": _short(keys.get("rope.freq_base", 10000.0))}
-    if kind in ("linear", "yarn"):
-        rope["factor"] = _short(keys["rope.scaling.factor"])
-    if kind == "yarn":
-        rope["original_max_position_embeddings"] = keys["rope.scaling.original_context_length"]
-    return rope
 
 
 def _require(config: Any, **wanted: Any) -> None:
@@ -208,51 +168,25 @@ def _require(config: Any, **wanted: Any) -> None:
 
 def _llama_metadata(config: Any) -> Metadata:
     _require(config, hidden_act="silu")
-    return _common(config) | _rotation(config, "linear", "yarn", "llama3")
-
-
-def _llama3_factors(config: Any) -> dict[str, np.ndarray]:
-    """Llama 3's rotary scaling is stored as the factor by which every frequency is divided."""
-    if config.rope_parameters.get("rope_type") != "llama3":
-        return {}
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")[0].numpy().astype(np.float64)
-    plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, head_dim(config), 2) / head_dim(config))
-    return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
+    return _common(config) | rotation.keys(config, "linear", "yarn", "llama3")
 
 
 def _llama_settings(file: File) -> Settings:
     settings = _common_settings(file) | {"attention_bias": "blk.0.attn_q.bias" in file.names, "mlp_bias": "blk.0.ffn_up.bias" in file.names}
     if "rope_freqs.weight" in file.names:
-        settings["rope_parameters"] |= _llama3_settings(file)
+        settings["rope_parameters"] |= rotation.llama3_settings(file.keys, file.read("rope_freqs.weight"))
     return settings
-
-
-def _llama3_settings(file: File) -> Settings:
-    """The file holds the scaling's outcome alone; its four numbers are those of all Llama 3.1 and 3.2 models if they give it."""
-    from transformers import LlamaConfig
-
-    found, length = file.read("rope_freqs.weight").reshape(-1), int(file.keys["attention.key_length"])
-    theta, factor = _short(file.keys["rope.freq_base"]), _short(found.max())
-    for original in (8192, 4096, 2048, 1024, 512, 256, 128, 64, 32):
-        rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": original}  # fmt: skip
-        made = _llama3_factors(LlamaConfig(rope_parameters=rope, head_dim=length))["rope_freqs.weight"]
-        if made.shape == found.shape and np.allclose(made, found, rtol=1e-5):
-            return rope
-    raise ModelError("its rope_freqs.weight is no scaling of Llama 3's", "use the model's safetensors as base")
 
 
 def _qwen_metadata(config: Any) -> Metadata:
     _require(config, hidden_act="silu")
-    return _common(config) | _rotation(config, "linear", "yarn")
+    return _common(config) | rotation.keys(config, "linear", "yarn")
 
 
 def _smollm3_metadata(config: Any) -> Metadata:
     layers = range(1, config.num_hidden_layers + 1)
     _require(config, hidden_act="silu", use_sliding_window=False, no_rope_layers=[int(i % 4 != 0) for i in layers])
-    return _common(config) | _rotation(config, "linear", "yarn")
+    return _common(config) | rotation.keys(config, "linear", "yarn")
 
 
 def _qwen_settings(file: File) -> Settings:
@@ -261,7 +195,7 @@ def _qwen_settings(file: File) -> Settings:
 
 def _phi3_metadata(config: Any) -> Metadata:
     _require(config, hidden_act="silu")
-    keys = _common(config) | _rotation(config, "longrope")
+    keys = _common(config) | rotation.keys(config, "longrope")
     keys["rope.scaling.original_context_length"] = config.original_max_position_embeddings
     keys["attention.sliding_window"] = 0
     if config.rope_parameters.get("rope_type") == "longrope":
@@ -271,13 +205,6 @@ def _phi3_metadata(config: Any) -> Metadata:
     return keys
 
 
-def _phi3_factors(config: Any) -> dict[str, np.ndarray]:
-    rope = config.rope_parameters
-    if rope.get("rope_type") != "longrope":
-        return {}
-    return {f"rope_factors_{kind}.weight": np.array(rope[f"{kind}_factor"], dtype=np.float32) for kind in ("long", "short")}
-
-
 def _phi3_settings(file: File) -> Settings:
     keys, settings = file.keys, _common_settings(file)
     settings |= {"sliding_window": keys.get("attention.sliding_window") or None}
@@ -285,7 +212,8 @@ def _phi3_settings(file: File) -> Settings:
     rope = settings["rope_parameters"]
     if "rope_factors_long.weight" in file.names:
         factors = {
-            f"{kind}_factor": [_short(x) for x in file.read(f"rope_factors_{kind}.weight").reshape(-1)] for kind in ("long", "short")
+            f"{kind}_factor": [rotation.short(x) for x in file.read(f"rope_factors_{kind}.weight").reshape(-1)]
+            for kind in ("long", "short")
         }
         rope |= {"rope_type": "longrope", "original_max_position_embeddings": settings["original_max_position_embeddings"], **factors}
     rope["partial_rotary_factor"] = keys.get("rope.dimension_count", settings["head_dim"]) / settings["head_dim"]
@@ -325,7 +253,7 @@ def _gemma3_settings(file: File) -> Settings:
     return settings | {
         "rope_parameters": {
             "full_attention": far,
-            "sliding_attention": {"rope_type": "default", "rope_theta": _short(keys.get("rope.freq_base_swa", 10000.0))},
+            "sliding_attention": {"rope_type": "default", "rope_theta": rotation.short(keys.get("rope.freq_base_swa", 10000.0))},
         },
         "sliding_window": keys["attention.sliding_window"],
         "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
@@ -390,7 +318,7 @@ _GEMMA3 = _PLAIN | {
     "post_ffw_norm.weight": Source("post_feedforward_layernorm.weight", plus_one),
 }
 
-_LLAMA_LIKE = Architecture("llama", _LLAMA | _LLAMA_BIASES, _llama_metadata, _llama_settings, _llama3_factors)
+_LLAMA_LIKE = Architecture("llama", _LLAMA | _LLAMA_BIASES, _llama_metadata, _llama_settings, rotation.llama3_factors)
 
 ARCHITECTURES = {
     "llama": _LLAMA_LIKE,
@@ -398,6 +326,6 @@ ARCHITECTURES = {
     "qwen2": Architecture("qwen2", _QWEN2, _qwen_metadata, _qwen_settings),
     "qwen3": Architecture("qwen3", _QWEN3, _qwen_metadata, _qwen_settings),
     "smollm3": Architecture("smollm3", _LLAMA, _smollm3_metadata, _qwen_settings),
-    "phi3": Architecture("phi3", _PHI3, _phi3_metadata, _phi3_settings, _phi3_factors),
+    "phi3": Architecture("phi3", _PHI3, _phi3_metadata, _phi3_settings, rotation.longrope_factors),
     "gemma3_text": Architecture("gemma3", _GEMMA3, _gemma3_metadata, _gemma3_settings, final_norm=plus_one),
 }

@@ -25,7 +25,7 @@ from gguf import GGML_QUANT_VERSION
 
 from edgelora import machine
 from edgelora.errors import ModelError
-from edgelora.export import architectures, gguf_file, gguf_tokenizer
+from edgelora.export import architectures, gguf_file, gguf_tokenizer, rotation
 from edgelora.export.gguf_file import padded
 from edgelora.quant import compensate, ggml, gguf_types
 from edgelora.quant import importance as importances
@@ -332,7 +332,7 @@ def _packed(
         return _quantized(_values(tensor, layout, first, last), tensor.type, source.name, quantize)
 
     waiting: deque[Future[bytes]] = deque()
-    for first, last in ranges(tensor.shape, architectures.head_dim(layout.config) if source.change else 1, at_once):
+    for first, last in ranges(tensor.shape, rotation.head_dim(layout.config) if source.change else 1, at_once):
         waiting.append(pool.submit(pack, first, last))
         if len(waiting) > _RANGES_AHEAD * threads:
             yield waiting.popleft().result()
