@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from edgelora.report import comparison, fronts, plot, tables
+from edgelora.report import comparison, fronts, plot, summary, tables
 from edgelora.report import figures as f
 from edgelora.report.markup import NOTHING, Markup, tag
 
@@ -60,7 +60,7 @@ def losses(doc: Doc) -> Markup:
     legend = [_key("ref", "untuned base")] if any(pair.before for pair in pairs) else []
     legend += named if len(named) <= 4 else [tag("span", "in colour: the exported file")]
     drawing = plot.pairs(pairs, "loss, nats a token; lower is better", f.loss)
-    title = "Loss on rows that training never saw" if tables.trained(doc) else "Loss on these rows"
+    title = "Loss on rows that training never saw" if summary.trained(doc) else "Loss on these rows"
     return _figure(title, legend, drawing, len(pairs))
 
 
@@ -192,7 +192,7 @@ def frontiers(doc: Doc) -> list[Markup]:
 
 def _sizes(doc: Doc) -> Markup:
     """A bar each file, a dashed line where its size was predicted, and the 16-bit model to compare with."""
-    series, wide = colours(doc), tables.sixteen_bit_bytes(doc)
+    series, wide = colours(doc), summary.sixteen_bit_bytes(doc)
     bars = []
     for row in tables.rows(doc, "files"):
         size, predicted = row.get("size_bytes"), row.get("predicted_bytes")

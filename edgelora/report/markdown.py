@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgelora.report import comparison, estimates, tables
+from edgelora.report import comparison, estimates, summary, tables
 from edgelora.report.markup import visible
 from edgelora.report.schema import is_comparison
 
@@ -27,8 +27,8 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
         for name, table in comparison.tables_of(doc):
             blocks += [f"#### {escape(name)}", _table(table)]
         return _fitting(blocks)
-    blocks = [f"### {escape(doc.get('name') or '')}", escape(tables.headline(doc)), _verdict(doc)]
-    checks, (_, failed, unjudged) = _table(tables.checks(doc)), tables.tally(doc)
+    blocks = [f"### {escape(doc.get('name') or '')}", escape(summary.headline(doc)), _verdict(doc)]
+    checks, (_, failed, unjudged) = _table(tables.checks(doc)), summary.tally(doc)
     blocks += [checks if failed or unjudged else ""]
     blocks += [_table(tables.files(doc)), _table(tables.losses(doc)), _table(tables.accuracy(doc))]
     blocks += [_folded("Checks", [checks]) if not (failed or unjudged) else ""]
@@ -65,7 +65,7 @@ def _code(text: str) -> str:
 
 
 def _verdict(doc: Mapping[str, Any]) -> str:
-    words = tables.tally_words(doc)
+    words = summary.tally_words(doc)
     return f"**{words}.**" if words else ""
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from edgelora.report import charts, comparison, confusion, differences, estimates, sorting, tables
+from edgelora.report import charts, comparison, confusion, differences, estimates, sorting, summary, tables
 from edgelora.report import figures as f
 from edgelora.report.markup import NOTHING, Markup, breakable, language, tag
 from edgelora.report.schema import is_comparison
@@ -85,14 +85,14 @@ def _header(doc: Mapping[str, Any]) -> Markup:
     machine = tables.section(doc, "machine").get("class")
     version, commit = doc.get("edgelora"), doc.get("commit")
     about = (doc.get("created"), machine, f.labelled("edgelora ", version or ""), f.labelled("commit ", commit or ""))
-    line, headline = " · ".join(part for part in about if part), tables.headline(doc)
+    line, headline = " · ".join(part for part in about if part), summary.headline(doc)
     lead = tag("p", headline, class_="lead") if headline else None
     return tag("header", tag("h1", doc.get("name") or ""), lead, tag("p", line, class_="about") if line else None)
 
 
 def _tiles(doc: Mapping[str, Any]) -> Markup:
     """The figures to look at first, of the file that ships."""
-    file, loss, bench = tables.shipped(doc)
+    file, loss, bench = summary.shipped(doc)
     measured = tables.section(tables.section(doc, "training"), "measured")
     top1, prompt = f.percent(file.get("top1")), f.count(bench.get("prompt_tokens"))
     runs = f.count(len(tables.section(bench, "samples_ms").get("ttft") or ()) or None)
@@ -106,7 +106,7 @@ def _tiles(doc: Mapping[str, Any]) -> Markup:
         ),
         _tile(
             f.number(file.get("kl")),
-            f"KL to {tables.reference(doc)}, nats a token",
+            f"KL to {summary.reference(doc)}, nats a token",
             _joined(f.labelled("same top token ", top1), f.sample(file.get("rows"), file.get("tokens"))),
         ),
         _tile(
@@ -123,17 +123,17 @@ def _tiles(doc: Mapping[str, Any]) -> Markup:
 
 
 def _against_16bit(doc: Mapping[str, Any], file: Mapping[str, Any]) -> str:
-    wide, size = tables.sixteen_bit_bytes(doc), file.get("size_bytes")
+    wide, size = summary.sixteen_bit_bytes(doc), file.get("size_bytes")
     if not f.known(wide) or not f.known(size) or wide <= 0 or wide == size:
         return ""
     return f"{f.percent(size / wide, 0)} of the 16-bit model ({f.size(wide)})"
 
 
 def _checks_tile(doc: Mapping[str, Any]) -> Markup:
-    passed, failed, unjudged = tables.tally(doc)
+    passed, failed, unjudged = summary.tally(doc)
     count = passed + failed + unjudged
     style = "fail" if failed else "" if unjudged else "pass"
-    return _tile(f"{passed} of {count}", "checks passed", tables.tally_words(doc), style) if count else NOTHING
+    return _tile(f"{passed} of {count}", "checks passed", summary.tally_words(doc), style) if count else NOTHING
 
 
 def _tile(value: str, name: str, note: str, style: str = "") -> Markup:
