@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelora import settings
-from edgelora.errors import DataError, RecipeError, UsageError
+from edgelora import hardware, settings
+from edgelora.errors import DataError, RecipeError
 from edgelora.train.estimate import Device
 
 TABLE = Path(__file__).with_name("gpus.yaml")
@@ -52,22 +51,15 @@ class Table:
 
     def chosen(self, names: Sequence[str]) -> list[Gpu]:
         """The cards of those names, every one for none; UsageError for the first that the table does not have."""
-        for name in names:
-            if name not in self.gpus:
-                near = difflib.get_close_matches(name, self.gpus, n=1)
-                raise UsageError(
-                    f"no GPU {name!r} in the table" + (f"; did you mean {near[0]!r}?" if near else ""),
-                    f"known: {', '.join(self.gpus)}; or add it to a copy of the table and name that with --prices",
-                )
-        return [self.gpus[name] for name in dict.fromkeys(names)] or list(self.gpus.values())
+        return hardware.chosen(self.gpus, names, "GPU", "--prices") or list(self.gpus.values())
 
 
 def load(path: Path = TABLE) -> Table:
     """The cards of a YAML file. DataError lists everything in it that cannot be used."""
     try:
-        values = settings.read(path)
+        values = settings.read(path, "")
     except RecipeError as error:
-        raise DataError(error.message.replace("the recipe ", ""), "name a YAML file such as edgelora/gpus.yaml") from error
+        raise DataError(error.message, f"name a YAML file such as edgelora/{TABLE.name}") from error
     problems: list[str] = []
     yen = values.get("yen_a_dollar", 150)
     if not _positive(yen):
@@ -84,8 +76,7 @@ def load(path: Path = TABLE) -> Table:
             found[str(key)] = gpu
     if not found and not problems:
         problems.append("gpus: missing; it maps a short name to memory, rates and dollars an hour")
-    if problems:
-        raise DataError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems), "see edgelora/gpus.yaml for a table that works")
+    hardware.refuse(path, TABLE, problems)
     return Table(float(yen), found)
 
 

@@ -11,7 +11,6 @@ Source of the model: S. Williams, A. Waterman, D. Patterson, "Roofline", CACM 52
 
 from __future__ import annotations
 
-import difflib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgelora import hardware
 from edgelora.errors import DataError, UsageError
 
 TABLE = Path(__file__).with_name("devices.yaml")
@@ -98,8 +98,7 @@ def load(path: Path = TABLE) -> Table:
     values = values if isinstance(values, dict) else {}
     devices = _devices(values.get("devices"), problems)
     published = _published(values.get("published"), devices, problems)
-    if problems:
-        raise DataError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems), "see edgelora/devices.yaml for a table that works")
+    hardware.refuse(path, TABLE, problems)
     return Table(devices, tuple(published))
 
 
@@ -117,14 +116,7 @@ def chosen(table: Table, names: Sequence[str]) -> list[Device]:
     """The devices of those names, or every one for 'all'; UsageError names the first that the table does not have."""
     if "all" in names:
         return list(table.devices.values())
-    for name in names:
-        if name not in table.devices:
-            near = difflib.get_close_matches(name, table.devices, n=1)
-            raise UsageError(
-                f"no device {name!r} in the table" + (f"; did you mean {near[0]!r}?" if near else ""),
-                f"known: {', '.join(table.devices)}; or add it to a copy of the table and name that with --devices",
-            )
-    return [table.devices[name] for name in dict.fromkeys(names)]
+    return hardware.chosen(table.devices, names, "device", "--devices")
 
 
 def estimate(table: Table, device: Device, runtime: str, file: str, bytes_per_token: int) -> Estimate:

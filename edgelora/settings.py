@@ -18,8 +18,8 @@ from edgelora.errors import RecipeError
 _MAX_BYTES = 1 << 20
 
 
-def read(path: Path) -> dict[Any, Any]:
-    """The mapping in a small YAML file."""
+def read(path: Path, kind: str = "the recipe ") -> dict[Any, Any]:
+    """The mapping in a small YAML file; `kind` is what a message calls it, with the space after it. RecipeError when there is none."""
     import yaml
 
     try:
@@ -29,7 +29,7 @@ def read(path: Path) -> dict[Any, Any]:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}", _neighbours(path)) from error
+        raise RecipeError(f"cannot read {kind}{path}: {error.strerror}", _neighbours(path)) from error
     try:
         values = yaml.load(text, Loader=_plain_loader())
     except (yaml.YAMLError, RecursionError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +42,6 @@ MEASURED = [
 ]
 CPU = estimate.Device("a CPU", "cpu", 8e9, 1e11, 1e10, attention="blocks")
 H100 = gpus.load().gpus["h100-80gb"].device
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No socket, and no hub model in a cache."""
-
-    def refuse(*arguments: Any) -> None:
-        raise AssertionError(f"tried to reach {arguments}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(("row", "matmul"), MEASURED)

@@ -16,7 +16,6 @@ from edgelora.errors import UsageError, VerifyError
 from edgelora.export import onnx as onnx_export
 from edgelora.export import onnx_web, verify
 from edgelora.runtime import onnx_runtime
-from tests.line import edgelora
 from tests.test_onnx_export import calmed, quiet
 from tests.tiny_models import tiny_model
 
@@ -107,11 +106,3 @@ def test_the_page_answers_in_chromium(folder: Path, exported: Path) -> None:
     assert (found["isolated"], found["outside"], found["errors"]) == (True, [], [])
     assert found["answer"][:20] == expected[:20]
     assert found["answer"]
-
-
-def test_without_the_environment_the_command_that_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "nothing"))
-    model = tiny_model("llama", tmp_path / "llama")
-    done = edgelora("export", model, "--format", "onnx", "--type", "int4", "--target", "web", cwd=tmp_path)
-    assert (done.code, done.out) == (3, "")
-    assert done.err == "error: the environment 'web' is not installed\nedgelora doctor --install web\n"

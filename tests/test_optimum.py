@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from edgelora import environments
-from edgelora.errors import ToolMissing, Unsupported, UsageError
+from edgelora.errors import Unsupported, UsageError
 from edgelora.export import onnx as onnx_export
 from edgelora.export import onnx_optimum
 from edgelora.runtime import onnx_runtime, runtimes_of
-from tests.line import edgelora
 from tests.test_onnx_export import IDS, calmed, kl, quiet
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
@@ -85,37 +81,3 @@ def test_what_it_cannot_write(tmp_path: Path) -> None:
         onnx_export.write(model, "int4", tmp_path, "x", quiet, block=32, exporter="optimum")
     with pytest.raises(Unsupported, match="traces a model at one length"):
         onnx_optimum.check("fp32", {"rope_parameters": {"rope_type": "longrope"}})
-
-
-def test_without_the_environment_the_command_that_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "nothing"))
-    model = tiny_model("llama", tmp_path / "llama")
-    done = edgelora("export", model, "--format", "onnx", "--type", "fp32", "--exporter", "optimum", cwd=tmp_path)
-    assert (done.code, done.out) == (3, "")
-    assert done.err == "error: the environment 'optimum' is not installed\nedgelora doctor --install optimum\n"
-
-
-def test_an_environment_is_made_once_and_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an installer that only writes down what it was asked for."""
-    asked: list[Any] = []
-
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        asked.append(command)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.setattr(subprocess, "run", run)
-    assert not environments.installed("optimum")
-    with pytest.raises(ToolMissing):
-        environments.python("optimum")
-    place = environments.install("optimum", quiet)
-    assert place == tmp_path / "edgelora" / "optimum"
-    assert all("==" in word for command in asked[1:] for word in command[command.index("--disable-pip-version-check") + 1 :])
-    environments.install("optimum", quiet)
-    assert len(asked) == 3
-    assert environments.python("optimum") == place / "bin" / "python"
-    stamp = place / "edgelora.json"
-    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"packages": [["torch==2.0.0"]]}))
-    assert not environments.installed("optimum")  # another edgelora made it
-    with pytest.raises(UsageError, match="there is no environment 'optimun'"):
-        environments.install("optimun", quiet)

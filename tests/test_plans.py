@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,16 +21,6 @@ RECIPES = sorted(recipe_headers.RECIPES.glob("*.yaml"))
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder of results for all: the embedded base is converted once."""
     return tmp_path_factory.mktemp("plans")
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(*arguments: Any) -> None:
-        raise AssertionError(f"tried to reach {arguments}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
 def intents(folder: Path, word: str) -> str:
