@@ -159,7 +159,12 @@ def _build(
 
 def gains_from_importance(model: Path, type: str, exporter: str | None = None) -> bool:
     """Whether weights of this type are rounded coarsely enough that training rows should say how, and the model's tensors are known."""
-    return exporter != "optimum" and type.startswith("int4") and _config(model).get("model_type") in architectures.ARCHITECTURES
+    return gains_of(_config(model), type, exporter)
+
+
+def gains_of(config: Mapping[str, Any], type: str, exporter: str | None = None) -> bool:
+    """The same from a model's configuration."""
+    return exporter != "optimum" and type.startswith("int4") and config.get("model_type") in architectures.ARCHITECTURES
 
 
 def calibration(path: Path) -> Moments:
