@@ -24,7 +24,7 @@ from edgelora import artifact
 from edgelora import recipe as recipes
 from edgelora.errors import DiskFull, EdgeloraError, ModelError, Unsupported, UsageError
 from edgelora.export import onnx as onnx_export
-from edgelora.export import onnx_builder, onnx_graph, stage
+from edgelora.export import onnx_builder, onnx_graph, onnx_presets, stage
 from edgelora.runtime import onnx_folder, onnx_runtime
 from tests.line import edgelora
 from tests.tiny_models import ARCHITECTURES, TEXTS, tiny_model
@@ -316,22 +316,22 @@ class TestRefusals:
     def test_rows_that_no_block_divides_evenly(self) -> None:
         shapes = {"model.embed_tokens.weight": [300, 80]}
         with pytest.raises(Unsupported, match="int4-mixed cannot pack a matrix 80 wide"):
-            onnx_export._block("int4-mixed", shapes)
-        assert [onnx_export._block(type, shapes) for type in ("int4", "int8", "fp32")] == [32, 32, 32]
+            onnx_presets.block_of("int4-mixed", shapes)
+        assert [onnx_presets.block_of(type, shapes) for type in ("int4", "int8", "fp32")] == [32, 32, 32]
 
     def test_blocks_that_would_break_are_refused_with_the_alternative(self) -> None:
         shapes = {"model.embed_tokens.weight": [300, 96]}
-        assert [onnx_export._block("int4", shapes, block) for block in (16, 32)] == [16, 32]
+        assert [onnx_presets.block_of("int4", shapes, block) for block in (16, 32)] == [16, 32]
         with pytest.raises(Unsupported, match="int4: rows of 96 weights do not hold blocks of 64") as caught:
-            onnx_export._block("int4", shapes, 64)
+            onnx_presets.block_of("int4", shapes, 64)
         assert caught.value.hint == "choose 16 or 32"
         with pytest.raises(Unsupported, match="int4-mixed: rows of 96 weights do not hold an even number of blocks of 32") as caught:
-            onnx_export._block("int4-mixed", shapes, 32)
+            onnx_presets.block_of("int4-mixed", shapes, 32)
         assert caught.value.hint == "choose 16"
         with pytest.raises(UsageError, match="int4 has no blocks of 48"):
-            onnx_export._block("int4", shapes, 48)
+            onnx_presets.block_of("int4", shapes, 48)
         with pytest.raises(UsageError, match="fp32 has no blocks of 32"):
-            onnx_export._block("fp32", shapes, 32)
+            onnx_presets.block_of("fp32", shapes, 32)
 
     def test_settings_of_another_format(self) -> None:
         with pytest.raises(UsageError, match="gguf has no block") as caught:
