@@ -31,7 +31,7 @@ Progress = Callable[[float, str], None]
 
 EMBEDDING = "token_embd.weight"
 
-_TOKENS_AT_ONCE = 2048
+_TOKENS_AT_ONCE = 512  # what the layers keep of one for the way back is 1.4 MB in a model of 135M
 _PREDICTIONS_AT_ONCE = 256  # of tokens: with a vocabulary of 262k one takes a megabyte, its gradients several
 _SKETCH = 256  # combinations of gradients: a trace is right to about 5 %
 _STATES = 512  # of the head's inputs, kept as they are
