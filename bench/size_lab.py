@@ -20,7 +20,7 @@ import numpy as np
 
 from edgelora import evaluate
 from edgelora.data.chat import Encoded
-from edgelora.quant import curvature, ggml
+from edgelora.quant import curvature, ggml, sensitivity
 from edgelora.quant.compensate import Rounding
 from edgelora.quant.curvature import EMBEDDING, Curvature
 from edgelora.quant.ggml import Type
@@ -93,8 +93,8 @@ def stored_curvature(folder: Path, head: str) -> Curvature:
     return Curvature(inputs, {name: name for name in inputs}, Arrays(folder / "outputs"), own["states"], own["lookups"], head, 0)
 
 
-def round_one(job: Job, place: Path, head: str) -> tuple[Job, tuple[float, float]]:
-    """Leave the packed bytes in `place`; the cost that the curvature predicts and the error's sum of squares (0 without a curvature)."""
+def round_one(job: Job, place: Path, head: str, together: int) -> tuple[Job, float]:
+    """Leave the packed bytes in `place`; the cost that the curvature predicts, 0 without one. `together`: how many matrices there are."""
     values = np.load(place / job.model / "values" / f"{job.matrix}.npy")
     curve = stored_curvature(place / job.how.curve, head) if job.how.curve else None
 
@@ -113,14 +113,9 @@ def round_one(job: Job, place: Path, head: str) -> tuple[Job, tuple[float, float
     file.parent.mkdir(parents=True, exist_ok=True)
     np.save(file, packed)
     if curve is None:
-        return job, (0.0, 0.0)
-    errors = ggml.dequantize(packed, job.type) - values
-    cost = curve.head_cost(values, errors) if job.matrix == head else 0.0
-    if job.matrix == EMBEDDING:
-        cost += curve.lookup_cost(errors)
-    if job.matrix.startswith("blk."):
-        cost += curve.cost(job.matrix, errors)
-    return job, (cost, float(np.square(errors, dtype=np.float64).sum()))
+        return job, 0.0
+    common = sensitivity.taken_back(job.matrix, values, curve)
+    return job, sensitivity.cost(job.matrix, values, packed, job.type, curve, common, together)
 
 
 class Pool:

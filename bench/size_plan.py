@@ -105,7 +105,7 @@ class Study:
         self.valid = _spread(rows[::HELD_OUT], ROWS[task] // 2 // given.fewer)
         self.sealed = _spread(rows[1::HELD_OUT], ROWS[task] // given.fewer)
         self.counts = {name: max(2, count // given.fewer) for name, count in CURVATURES.items()}
-        self.costs: dict[Job, tuple[float, float]] = {}  # predicted, and the error's sum of squares
+        self.costs: dict[Job, float] = {}  # predicted
         self.notes: dict[str, Any] = {}
 
     def left(self) -> float:
@@ -184,17 +184,16 @@ class Study:
         wanted = [job for job in jobs if not job.file(self.place).exists()]
         wanted.sort(key=lambda job: (-np.prod(self.lab.shapes[job.matrix]), not job.how.curve, str(job)))
         began = time.monotonic()
-        self.costs |= dict(self.pool(round_one, [(job, self.place, self.lab.head) for job in wanted], max(10.0, 0.7 * self.left())))
+        self.costs |= dict(
+            self.pool(round_one, [(job, self.place, self.lab.head, len(self.lab.matrices)) for job in wanted], max(10.0, 0.7 * self.left()))
+        )
         self.say(f"{len(wanted)} matrices rounded in {time.monotonic() - began:.0f} s")
 
     def plans(self, how: How, budgets: Sequence[int], kind: str) -> list[File]:
         options = {}
         for n in self.lab.matrices:
             kinds = [t for t in sensitivity.candidates(self.lab.shapes[n][1]) if Job("tuned", n, t, how) in self.costs]
-            costs = {t: self.costs[Job("tuned", n, t, how)] for t in kinds}
-            lost = {t: squares for t, (_, squares) in costs.items()}
-            counted = {t: cost * (len(self.lab.matrices) if sensitivity.own_grid(t, lost) else 1) for t, (cost, _) in costs.items()}
-            options[n] = tuple(Option(t.name, self.files.matrices[n].bytes(t), counted[t]) for t in kinds)
+            options[n] = tuple(Option(t.name, self.files.matrices[n].bytes(t), self.costs[Job("tuned", n, t, how)]) for t in kinds)
         if not all(options.values()):
             self.say(f"no plans by {how.name}: not all matrices were rounded in time")
             return []

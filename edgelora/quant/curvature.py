@@ -60,10 +60,25 @@ class Curvature:
         """A of a matrix."""
         return self.inputs[self.source[name]]
 
-    def cost(self, name: str, errors: np.ndarray) -> float:
-        """Predicted KL divergence, nats an answer token, when a matrix of the layers is off by `errors`, shape (rows, columns)."""
-        projected = self.outputs[name] @ errors
-        return 0.5 * float(np.einsum("ij,ij->", projected @ self.moments(name), projected, dtype=np.float64))
+    def cost(self, name: str, errors: np.ndarray, common: np.ndarray | None = None, together: int = 1) -> float:
+        """Predicted KL divergence, nats an answer token, when a matrix of the layers is off by `errors`, shape (rows, columns).
+
+        Costs of matrices add up where their errors are independent, as rounding errors are. The part of the errors along
+        `common` (`seen` of a direction) is one that points the same way in `together` matrices: the loss grows with the square
+        of their sum, so it counts that many times; by Cauchy's inequality no choice of types can cost more.
+        """
+        seen = self.seen(name, errors)
+        cost = self._product(name, seen, seen)
+        if common is not None:
+            cost += (together - 1) * self._product(name, seen, common) ** 2 / self._product(name, common, common)
+        return cost
+
+    def seen(self, name: str, errors: np.ndarray) -> np.ndarray:
+        """What the answers see of a matrix's `errors`: shape (sketch, columns)."""
+        return np.asarray(self.outputs[name] @ errors)
+
+    def _product(self, name: str, one: np.ndarray, other: np.ndarray) -> float:
+        return 0.5 * float(np.einsum("ij,ij->", one @ self.moments(name), other, dtype=np.float64))
 
     def lookup_cost(self, errors: np.ndarray) -> float:
         """The same for the embedding's rows where they are looked up."""

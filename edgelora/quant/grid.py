@@ -6,7 +6,7 @@ change made by fine-tuning then falls between the grid's points and is rounded a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,7 @@ _GRIDS = (
     Type.Q8_0,
 )
 _ON_GRID = 0.5  # error of the rows as they are, in shares of what the same values make in another order
+_NEAR_GRID = 0.85  # the same, of weights that training has moved a little; of weights on no grid it is 0.98 and more
 _MATRICES, _ROWS = 12, 32  # sampled
 _SMALLEST = 1e-12
 
@@ -63,17 +64,33 @@ def recognize(base: Rows, names: Mapping[str, str]) -> Grid | None:
     votes: dict[Type, list[float]] = {}
     sampled = list(_sampled(base, names))
     for _, values in sampled:
-        shuffled = random.permuted(values, axis=1)
-        fitting = [type for type in _GRIDS if values.shape[1] % ggml.block_size(type) == 0]
-        ratio, type = min(
-            ((_error(values, type) / max(_error(shuffled, type), _SMALLEST), type) for type in fitting), default=(1.0, Type.F32)
-        )
+        ratio, type = _nearest_grid(values, random)
         if ratio < _ON_GRID:
             votes.setdefault(type, []).append(_error(values, type))
     if not votes:
         return None
     type = max(votes, key=lambda type: len(votes[type]))
     return Grid(type, len(votes[type]) / len(sampled), float(np.mean(votes[type])))
+
+
+def taken_back(values: np.ndarray) -> np.ndarray | None:
+    """What training has changed in a matrix (float32, shape (rows, columns)) that lies near a grid, as rounding to that grid takes it back.
+
+    The shape of `values`; None for a matrix near no grid, and for one that lies on it still: nothing can be taken back there.
+    """
+    first, last = _range(values.shape)
+    ratio, type = _nearest_grid(values[first:last], np.random.default_rng(0))
+    if ratio >= _NEAR_GRID:
+        return None
+    change = _rounded(values, type) - values
+    return change if np.linalg.norm(change) > _SMALLEST else None
+
+
+def _nearest_grid(values: np.ndarray, random: np.random.Generator) -> tuple[float, Type]:
+    """The error of rounding to the grid that fits best, in shares of what the same values make in another order."""
+    shuffled = random.permuted(values, axis=1)
+    fitting = [type for type in _GRIDS if values.shape[1] % ggml.block_size(type) == 0]
+    return min(((_error(values, type) / max(_error(shuffled, type), _SMALLEST), type) for type in fitting), default=(1.0, Type.F32))
 
 
 def kept(base: Rows, merged: Rows, names: Mapping[str, str], types: Mapping[str, Type]) -> float | None:
@@ -100,7 +117,7 @@ def _sampled(base: Rows, names: Mapping[str, str]) -> Iterator[tuple[str, np.nda
         yield name, base.rows(names[name], first, last)
 
 
-def _range(shape: tuple[int, ...]) -> tuple[int, int]:
+def _range(shape: Sequence[int]) -> tuple[int, int]:
     middle = max(0, shape[0] // 2 - _ROWS // 2)
     return middle, min(shape[0], middle + _ROWS)
 

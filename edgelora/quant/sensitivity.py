@@ -6,11 +6,9 @@ that makes up for its errors (`compensate`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from edgelora.quant import ggml
+from edgelora.quant import ggml, grid
 from edgelora.quant.compensate import Rounding
 from edgelora.quant.curvature import EMBEDDING, Curvature
 from edgelora.quant.ggml import Type
@@ -29,26 +27,32 @@ def candidates(columns: int) -> tuple[Type, ...]:
 def costs(name: str, values: np.ndarray, curvature: Curvature, rounding: Rounding, together: int = 1) -> dict[Type, float]:
     """Predicted KL divergence, nats an answer token, of storing a matrix (float32, shape (rows, columns)) as each candidate.
 
-    Costs of matrices add up where their errors are independent, as rounding errors are. Where the weights lie near a
-    type's own grid (a base that was published in 4 bits), rounding to it takes away what training has changed: that is no
-    noise, in every matrix it points the same way, and the loss grows with the square of the sum. Such a cost is counted `together`
-    times, the number of matrices: by Cauchy's inequality no choice can cost more.
+    Where the weights lie near a type's own grid (a base that was published in 4 bits), rounding to it, and to finer grids
+    that contain it, takes away what training has changed: that is no noise, and the same in all matrices, of which there are `together`.
     """
-    found, lost = {}, {}
-    for kind in candidates(values.shape[1]):
-        errors = ggml.dequantize(rounding.quantize(name, values, kind), kind) - values
-        lost[kind] = float(np.square(errors, dtype=np.float64).sum())
-        cost = 0.0
-        if name == curvature.head:
-            cost += curvature.head_cost(values, errors)
-        if name == EMBEDDING:
-            cost += curvature.lookup_cost(errors)
-        if name.startswith("blk."):
-            cost += curvature.cost(name, errors)
-        found[kind] = cost
-    return {kind: cost * (together if own_grid(kind, lost) else 1) for kind, cost in found.items()}
+    common = taken_back(name, values, curvature)
+    return {
+        kind: cost(name, values, rounding.quantize(name, values, kind), kind, curvature, common, together)
+        for kind in candidates(values.shape[1])
+    }
 
 
-def own_grid(kind: Type, lost: Mapping[Type, float]) -> bool:
-    """Whether a type loses (a sum of squares) clearly less than one with half a bit more."""
-    return any(ggml.bits(other) >= ggml.bits(kind) + 0.5 and 1.25 * lost[kind] < lost[other] for other in lost)
+def taken_back(name: str, values: np.ndarray, curvature: Curvature) -> np.ndarray | None:
+    """What the answers would see of a matrix's change by training if it were taken back; None where its weights lie near no grid."""
+    change = grid.taken_back(values) if name.startswith("blk.") else None
+    return None if change is None else curvature.seen(name, change)
+
+
+def cost(
+    name: str, values: np.ndarray, packed: np.ndarray, kind: Type, curvature: Curvature, common: np.ndarray | None, together: int
+) -> float:
+    """The same for one type, of which `packed` are the bytes; `common` comes from `taken_back`."""
+    errors = ggml.dequantize(packed, kind) - values
+    found = 0.0
+    if name == curvature.head:
+        found += curvature.head_cost(values, errors)
+    if name == EMBEDDING:
+        found += curvature.lookup_cost(errors)
+    if name.startswith("blk."):
+        found += curvature.cost(name, errors, common, together)
+    return found
