@@ -47,6 +47,42 @@ ENVIRONMENTS = {
             ),
         ),
     ),
+    "litert": Environment(
+        "LiteRT's exporter and LiteRT-LM, Google's runtime for phones, of --format litert",
+        "pip",
+        (
+            ("torch==2.13.0",),
+            (
+                "litert-torch==0.10.0",
+                "ai-edge-litert==2.3.0",
+                "ai-edge-quantizer==0.10.0",
+                "litert-converter==0.5.0",
+                "litert-lm-api==0.18.1",
+                "litert-lm-builder==0.18.1",
+                "torchao==0.18.0",
+                "jax==0.10.2",
+                "transformers==5.23.0",
+                "numpy==2.4.6",
+                "protobuf==7.36.2",
+            ),
+        ),
+    ),
+    "mnn": Environment(
+        "MNN, Alibaba's runtime for phones, and its exporter, which wants transformers 4, of --format mnn",
+        "pip",
+        (
+            ("torch==2.13.0",),
+            (
+                "MNN==3.6.1",
+                "llmexport==0.0.5",
+                "transformers==4.57.6",
+                "onnx==1.23.2",
+                "onnxslim==0.1.98",
+                "onnxruntime==1.32.0",
+                "numpy==2.4.6",
+            ),
+        ),
+    ),
     "web": Environment(
         "transformers.js and onnxruntime-web, for models in browsers; playwright-core drives one in tests",
         "npm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from edgelora import environments
 from edgelora.errors import Unsupported, UsageError
 from edgelora.export import onnx as onnx_export
-from edgelora.export import onnx_optimum
+from edgelora.export import onnx_optimum, transformers4
 from edgelora.runtime import onnx_runtime, runtimes_of
 from tests.test_onnx_export import IDS, calmed, kl, quiet
 from tests.tiny_models import ARCHITECTURES, tiny_model
@@ -59,7 +60,7 @@ def test_smaller_types(type: str, most: float, tmp_path: Path) -> None:
 
 def test_settings_go_back_where_transformers_4_looks() -> None:
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
-    found = onnx_optimum._config({"model_type": "llama", "dtype": "bfloat16", "rope_parameters": rope})
+    found = transformers4.config({"model_type": "llama", "dtype": "bfloat16", "rope_parameters": rope})
     assert found == {
         "model_type": "llama",
         "torch_dtype": "float32",
@@ -67,8 +68,19 @@ def test_settings_go_back_where_transformers_4_looks() -> None:
         "rope_scaling": {"rope_type": "llama3", "type": "llama3", "factor": 8.0},
     }
     both = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    assert onnx_optimum._config({"rope_parameters": both}) == {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
-    assert onnx_optimum._tokenizer({"tokenizer_class": "TokenizersBackend"}) == {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert transformers4.config({"rope_parameters": both}) == {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    assert transformers4.tokenizer({"tokenizer_class": "TokenizersBackend"}) == {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def test_no_code_of_a_model_goes_along(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "llama")
+    (model / "modeling_own.py").write_text("raise SystemExit('run')")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}))
+    folder = transformers4.described(model, tmp_path)
+    assert not [*folder.glob("*.py")]
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    assert (folder / "model.safetensors").resolve() == (model / "model.safetensors").resolve()
 
 
 def test_what_it_cannot_write(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """A second, independent way to ONNX: Hugging Face's exporter traces the model itself, onnxruntime's quantizer rounds the result.
 
-It runs in an environment of its own (`edgelora doctor --install optimum`), since it wants transformers 4, and it reads
-checkpoints as that wrote them: settings that transformers 5 moved are put back, or it would export wrong rotations
-without a word. Its graphs are the reference that the builder's are held against, and the way for architectures that
+It runs in an environment of its own (`edgelora doctor --install optimum`), since it wants transformers 4. Its graphs are the reference that the builder's are held against, and the way for architectures that
 the builder lacks; they are larger and slower, and onnxruntime-genai does not run them.
 """
 
@@ -17,6 +15,7 @@ from typing import Any
 
 from edgelora import environments
 from edgelora.errors import ModelError, Unsupported
+from edgelora.export import transformers4
 from edgelora.export.onnx_builder import environment
 from edgelora.runtime.onnx_folder import GRAPH
 
@@ -35,7 +34,7 @@ def write(model: Path, type: str, built: Path, scratch: Path, progress: Progress
     """
     check(type, json.loads((model / "config.json").read_text(encoding="utf-8")))
     python = environments.python("optimum")
-    described = _described(model, scratch)
+    described = transformers4.described(model, scratch)
     progress(0.05, "tracing the model with optimum")
     command = [str(python), "-m", "optimum.exporters.onnx", "--model", str(described), "--task", "text-generation-with-past"]
     done = subprocess.run(
@@ -113,43 +112,3 @@ def _write_head_out(graph: Any) -> None:
         if values.ndim == 2:
             graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
             graph.node.remove(node)
-
-
-def _described(model: Path, scratch: Path) -> Path:
-    """A folder of links to the model's files, with the settings where transformers 4 looks for them."""
-    folder = scratch / "described"
-    folder.mkdir()
-    for path in model.iterdir():
-        if path.is_file():
-            (folder / path.name).symlink_to(path.resolve())
-    for name, change in (("config.json", _config), ("tokenizer_config.json", _tokenizer)):
-        if (folder / name).exists():
-            (folder / name).unlink()
-            values = json.loads((model / name).read_text(encoding="utf-8"))
-            (folder / name).write_text(json.dumps(change(values)), encoding="utf-8")
-    return folder
-
-
-def _config(values: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5's `rope_parameters` and `dtype` as transformers 4 calls them: rope_theta, rope_scaling, torch_dtype."""
-    found = {key: value for key, value in values.items() if key not in ("rope_parameters", "dtype")}
-    rope = dict(values.get("rope_parameters") or {})
-    if "full_attention" in rope:
-        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        rope = dict(rope["full_attention"])
-    if "rope_theta" in rope:
-        found["rope_theta"] = rope.pop("rope_theta")
-    if "partial_rotary_factor" in rope:
-        found["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = rope | {"type": rope["rope_type"]}
-        if values.get("model_type") == "phi3":  # which knows three keys and no others
-            found["rope_scaling"] = {"type": rope["rope_type"], **{key: rope[key] for key in ("short_factor", "long_factor")}}
-    if "dtype" in values:
-        found["torch_dtype"] = "float32"
-    return found
-
-
-def _tokenizer(values: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5's TokenizersBackend is unknown to 4, which then leaves the tokenizer out and ends with 0."""
-    return values | {"tokenizer_class": "PreTrainedTokenizerFast"}
