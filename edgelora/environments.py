@@ -47,6 +47,21 @@ ENVIRONMENTS = {
             ),
         ),
     ),
+    "executorch": Environment(
+        "ExecuTorch, PyTorch's runtime for phones: exporter and runtime of --format executorch",
+        "pip",
+        (
+            ("torch==2.13.0",),
+            (
+                "executorch==1.5.1",
+                "torchao==0.18.0",
+                "pytorch-tokenizers==1.5.0",
+                "tokenizers==0.23.3",
+                "safetensors==0.8.0",
+                "numpy==2.4.6",
+            ),
+        ),
+    ),
     "litert": Environment(
         "LiteRT's exporter and LiteRT-LM, Google's runtime for phones, of --format litert",
         "pip",
@@ -115,6 +130,11 @@ def require(name: str) -> Path:
 def python(name: str) -> Path:
     """The interpreter of an environment that pip made."""
     return require(name) / "bin" / "python"
+
+
+def versions(name: str) -> dict[str, str]:
+    """Package -> version of what an environment that pip made holds by name."""
+    return dict(word.split("==", 1) for packages in ENVIRONMENTS[name].packages for word in packages)
 
 
 def install(name: str, progress: Callable[[float, str], None]) -> Path:

@@ -11,8 +11,11 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from edgelora.errors import Unsupported
 
 # The instruction sets that decide how fast low-bit models run, as /proc/cpuinfo spells them (x86, then arm64).
 _FEATURES = (
@@ -74,15 +77,27 @@ def available_memory_bytes() -> int:
     return max(0, min(free))
 
 
-def peak_rss_bytes() -> int:
-    """The most memory this process has had resident at once.
+def peak_rss_bytes(process: int | None = None) -> int:
+    """The most memory that a process, this one unless told, has had resident at once. Of others only Linux tells.
 
     Linux's ru_maxrss survives exec: a child of a large process starts with its parent's peak. VmHWM does not.
     """
-    match = re.search(r"^VmHWM:\s+(\d+) kB", _read("/proc/self/status"), re.M)
+    match = re.search(r"^VmHWM:\s+(\d+) kB", _read(f"/proc/{process or 'self'}/status"), re.M)
     if match:
         return int(match[1]) * 1024
+    if process not in (None, os.getpid()):
+        raise Unsupported("this system does not tell the memory of another process", "bench this runtime on Linux")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def cpu_seconds(process: int) -> float:
+    """Processor time that a process has used so far, all its threads. Of others than this one only Linux tells."""
+    if process == os.getpid():
+        return time.process_time()
+    try:
+        return time.clock_gettime((~process << 3) | 2)  # how clock_getcpuclockid(3) names the clock of a process
+    except OSError as error:
+        raise Unsupported(f"the processor time of process {process} cannot be read: {error}", "bench this runtime on Linux") from error
 
 
 def load_average() -> float:

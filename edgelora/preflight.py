@@ -78,6 +78,8 @@ def _needs(section: recipes.Export) -> tuple[str, ...]:
         environments.require("optimum")
     if section.target == "web":
         environments.require("web")
+    if hasattr(module, "ENVIRONMENT"):
+        environments.require(module.ENVIRONMENT)
     return (*module.REQUIRES, *runtime(module.RUNTIME).REQUIRES)
 
 

@@ -100,7 +100,7 @@ def test_measure_tells_loading_reading_and_writing_apart() -> None:
         sessions.append(Scripted(clock))
         return sessions[-1]
 
-    load_ms, timings = rounds.measure(opened, (2, 7), 4, clock, lambda: 2 * clock.now)  # type: ignore[arg-type]
+    load_ms, timings, _ = rounds.measure(opened, (2, 7), 4, clock, lambda process: 2 * clock.now)  # type: ignore[arg-type]
     assert load_ms == pytest.approx(500)
     assert [t.ttft_ms for t in timings] == pytest.approx([20, 70])
     assert timings[1].decode_ms == pytest.approx((1, 2, 3, 4))

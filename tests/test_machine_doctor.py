@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edgelora import doctor, machine
+from edgelora import doctor, environments, machine
 from edgelora.errors import ToolMissing
 
 ROOT = Path(__file__).parents[1]
@@ -259,7 +259,8 @@ def test_examination_of_this_machine() -> None:
             "compilers",
         ),
         *("onnx", "onnxruntime", "onnxruntime-genai", "optimum", "embedded base", "Chromium", "adb"),
-        *("environment optimum", "environment web", "Japanese fonts"),
+        *(f"environment {name}" for name in environments.ENVIRONMENTS),
+        "Japanese fonts",
     ]
     assert "quantizes to NF4 and back" in found["bitsandbytes"].detail
     assert "llama.cpp" in found["llama-cpp-python"].detail

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
+from edgelora import machine
 from edgelora.runtime import Session
 
 WORKLOAD = 1  # of the text, the order and the warm-up below: rows of another number did other work
@@ -46,18 +49,21 @@ def measure(
     prompt_tokens: Sequence[int],
     decode_tokens: int,
     clock: Callable[[], float],
-    cpu_clock: Callable[[], float],
-) -> tuple[float, tuple[Timing, ...]]:
-    """One round: (milliseconds to open, a Timing per prompt length). Both clocks tell seconds.
+    cpu_clock: Callable[[int], float],
+) -> tuple[float, tuple[Timing, ...], int]:
+    """One round: (milliseconds to open, a Timing per prompt length, peak memory in bytes). Both clocks tell seconds.
 
+    Memory and `cpu_clock` are of the process that runs the model: this one, or the one that the session names.
     Before anything is timed the longest prompt is read once: it makes the context and touches every weight.
     """
     started = clock()
     with open_session() as session:
         load_ms = 1000 * (clock() - started)
+        process = getattr(session, "process_id", os.getpid())
         ids = prompt(session, max(prompt_tokens))
         deque(islice(session.generate(ids, decode_tokens + 1, ()), 2), maxlen=0)
-        return load_ms, tuple(_timing(session, ids[:n], decode_tokens, clock, cpu_clock) for n in prompt_tokens)
+        timings = tuple(_timing(session, ids[:n], decode_tokens, clock, partial(cpu_clock, process)) for n in prompt_tokens)
+        return load_ms, timings, machine.peak_rss_bytes(process)
 
 
 def prompt(session: Session, n: int) -> list[int]:

@@ -150,7 +150,7 @@ def update(echo: Output, run: Path, output: Path | None) -> None:
 
 
 @click.command()
-@click.option("--install", metavar="NAME", help="Make the environment of that name, optimum or web, in a folder of its own.")
+@click.option("--install", metavar="NAME", help="Make the environment of that name (doctor lists them) in a folder of its own.")
 @command
 def doctor(echo: Output, install: str | None) -> None:
     """What this machine has, what is missing and the one command that mends it.

@@ -302,6 +302,8 @@ def export(
         return
     calm_libraries()
     doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
+    if hasattr(module, "ENVIRONMENT"):
+        environments.require(module.ENVIRONMENT)
     if exporter == "optimum":
         environments.require("optimum")
     if target_ == "web":

@@ -5,8 +5,11 @@
     RUNTIME: str                            # the entry of edgelora.runtime.RUNTIMES that its users will run it with
     FURTHER: tuple[str, ...]                # others of them that must answer alike
     REQUIRES: tuple[str, ...]               # importable modules it needs
+    ENVIRONMENT: str                        # optional: the entry of edgelora.environments.ENVIRONMENTS that it needs too
     MERGES: bool                            # whether an adapter is added on the way: predict_bytes and write take `weights`, write `threads`
     APART: bool                             # whether the adapter stays a file of its own, beside a base that others share
+    PHONE: phone_readme.Phone               # optional, for a format of apps: how it gets into one
+    def context(model: Path) -> int         # with one: tokens that the file holds at most
     OPTIONS: frozenset[str]                 # further keys of recipe.Export that predict_bytes and write take
     CALIBRATION: str                        # with "importance" among OPTIONS: the stage that measures it, "importance" or "moments",
     def calibration(path: Path) -> Any      # and what write takes as `importance`, from the file that stage wrote

@@ -9,14 +9,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from edgelora import artifact, doctor, evaluate, merge
+from edgelora import artifact, doctor, environments, evaluate, merge
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
 from edgelora.errors import UsageError
-from edgelora.export import FORMATS, beside, survival, verify
+from edgelora.export import FORMATS, beside, phone_readme, survival, verify
 from edgelora.export.reference import Reference
 from edgelora.runtime import runtime, runtime_of, runtimes_of
+from edgelora.runtime.text import FolderText
 from edgelora.tuned import Tuned
 from edgelora.weights import Checkpoint
 
@@ -172,7 +173,7 @@ def export(
             facts["merge"] = {"kept": chosen.base, "why": why, "candidates": [c.as_row() for c in tried]}
         for item in files[kept].parent.iterdir():
             item.rename(folder / item.name)
-            if item.name != files[kept].name:
+            if module.APART and item.name != files[kept].name:
                 facts |= {"base_file": item.name, "base_bytes": size_bytes(folder / item.name)}
         written = folder / files[kept].name
         progress(0.8, f"opening {written.name} in {module.RUNTIME}")
@@ -202,7 +203,6 @@ def export(
             facts["weights"] = module.mixture(described, kind, **options, **source(kept))
             if model.adapter and kept and not module.APART:
                 facts["change"] = survival.survey(described, model.unmerged(kept), model.merged(kept), kind)
-        shutil.rmtree(scratch)
         facts = {
             "file": written.name,
             "format": section.format,
@@ -214,6 +214,9 @@ def export(
             **facts,
             **({"labels": list(model.labels)} if model.labels else {}),
         }
+        if hasattr(module, "PHONE"):
+            phone_readme.write(folder, facts, module.PHONE, FolderText(described), module.context(described))
+        shutil.rmtree(scratch)
         beside.write(folder, facts, origin or beside.origin(model), name, model.system)
         return facts
 
@@ -238,7 +241,10 @@ def export(
             "into": list(bases),
             "origin": dataclasses.asdict(origin) if origin else None,
         },
-        versions=artifact.versions_of("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
+        versions={
+            **artifact.versions_of("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
+            **(environments.versions(module.ENVIRONMENT) if hasattr(module, "ENVIRONMENT") else {}),
+        },
         rows=rows_from,
     )
 

@@ -4,8 +4,11 @@
     def version() -> str                    # 'llama.cpp 0.3.36 (llama-cpp-python)'
     def open(path: Path, threads: int) -> Session
     def bytes_per_token(path: Path) -> int  # optional: bytes of weights that decoding one token reads
+    ENVIRONMENT: str                        # optional: the entry of edgelora.environments.ENVIRONMENTS it lives in (see `elsewhere`)
+    def start() -> Callable[[Path, int], Session]   # with one: `open` in two steps, the library imported after the first
 
-A Session is as narrow as it can be, so that a later runtime behind a cable can serve it too.
+A Session is as narrow as it can be, so that a later runtime behind a cable can serve it too. One whose runtime lives in a
+process of its own tells its `process_id`: memory and processor time are measured there.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ RUNTIMES = {
     "llama.cpp": "edgelora.runtime.llama_cpp",
     "onnxruntime": "edgelora.runtime.onnx_runtime",
     "onnxruntime-genai": "edgelora.runtime.onnx_genai",
+    "executorch": "edgelora.runtime.executorch",
     "torch": "edgelora.runtime.torch_reference",
 }
+_BY_SUFFIX = {".gguf": "llama.cpp", ".pte": "executorch"}
 
 
 class Session(Protocol):
@@ -89,14 +94,14 @@ def runtimes_of(path: Path) -> tuple[str, ...]:
 
 
 def runtime_of(path: Path) -> str:
-    """The name of the runtime that opens `path`: a .gguf file, a folder with an ONNX model, or a Hugging Face folder."""
-    if path.is_file() and path.suffix == ".gguf":
-        return "llama.cpp"
+    """The name of the runtime that opens `path`: a .gguf or .pte file, or a folder of ONNX or of Hugging Face."""
+    if path.is_file() and path.suffix in _BY_SUFFIX:
+        return _BY_SUFFIX[path.suffix]
     if (path / "model.onnx").is_file():
         return "onnxruntime"
     if (path / "config.json").is_file():
         return "torch"
     raise ModelError(
         f"{path} is not a model that can be run here" if path.exists() else f"model not found: {path}",
-        "name a .gguf file, a folder with model.onnx, or a folder with config.json and *.safetensors",
+        "name a .gguf or .pte file, a folder with model.onnx, or one with config.json and *.safetensors",
     )

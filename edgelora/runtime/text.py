@@ -29,6 +29,10 @@ class FolderText:
     def detokenize(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def token(self, id: int) -> str:
+        """The text of one id as it stands in the vocabulary."""
+        return str(self._tokenizer.id_to_token(id))
+
     @cached_property
     def chat_template(self) -> str | None:
         own = self._folder / "chat_template.jinja"
