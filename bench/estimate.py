@@ -68,7 +68,7 @@ def on_cpu(changes: tuple[str, ...], out: Path, threads: int) -> dict[str, Any]:
 
 
 def on_gpu(shape: str, batch: int, tokens: tuple[int, int], steps: int, settings: dict[str, Any], device: str = "cuda") -> dict[str, Any]:
-    """One model twice: for the probe, which spoils it, and for the whole training."""
+    """One model three times: to compile kernels, for the probe, which spoils it, and for the whole training."""
     import torch
     import train_speed
 
@@ -85,16 +85,23 @@ def on_gpu(shape: str, batch: int, tokens: tuple[int, int], steps: int, settings
     config, dtype = dict(train_speed.SHAPES[shape]), load.arithmetic("auto")
     base = outline.Outline(shape, config, outline.shapes(config), "train_speed.py")
     lengths = [len(r.ids) for r in rows]
-    before = estimate.training(base, train, lengths, estimate.here(), sum(len(r.ids) for r in valid))
 
-    def fresh() -> tuple[Any, float]:
+    def free() -> None:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+
+    def fresh() -> tuple[Any, float]:
+        free()
         begun = time.monotonic()
         return adapter.attach(train_speed.build(shape, device), train), begun
 
+    free()
+    before = estimate.training(base, train, lengths, estimate.here(), sum(len(r.ids) for r in valid))
+    model, begun = fresh()
+    probe.probe(recipe, model, rows, valid, dtype, begun, 6)  # compiles kernels, which a process does once
+    del model
     model, begun = fresh()
     found = probe.probe(recipe, model, rows, valid, dtype, begun)
     after = found.correct(before, -(-len(valid) // before.cut.rows), 1)

@@ -8,7 +8,9 @@ stock recipe and the best control of every budget are written as GGUF files and 
 
 stock      every file type of llama.cpp x {as it is, one type for all} x {its own, any embedding and output type} x
            {with, without importance matrix}; one counts at a budget up to 3 % above it
-control    every type for the whole body x every type for embedding and output, with the same importance matrix
+control    every type for the whole body x every type for embedding and output, with the importance that the plan has (stock
+           holds them with llama.cpp's)
+uniform    the same, compensated as the plan is: what is left is what choosing types gains
 plan       rounded to nearest or with compensation, whichever has the lower KL on `valid` rows
 
 Importance and curvature come from training rows; figures are of `sealed` rows. Gain kept: (loss of the untuned model in the same types
@@ -45,6 +47,7 @@ STEP = 5  # MB between budgets
 ROOM = 1.03  # a rival may be this much larger
 ROWS = {"medquad": 120, "banking77": 400}  # sealed rows, half as many `valid` ones
 IN_LLAMA_CPP = 0.34  # share of the sealed rows that llama.cpp is asked for too
+RIVALS = ("stock", "control", "uniform")
 PLAIN, IMATRIX = How("plain", "none"), How("imatrix", "imatrix")
 NEAREST = How("nearest", "moments", "64")
 PLANS = (NEAREST, How("compensated", "moments", "64", 0.2))
@@ -65,7 +68,7 @@ class File:
     """A file that could be made, and what was measured of it on the sealed rows."""
 
     name: str
-    kind: str  # stock, control, plan or variant
+    kind: str  # stock, control, uniform, plan or variant
     types: Mapping[str, Type]
     how: How
     size: int
@@ -166,12 +169,9 @@ class Study:
                     add(f"{label}, pure, embedding {other.name}", "stock", pure | dict.fromkeys(ends, other), how)
         for body in sensitivity.CANDIDATES:
             for other in others:
-                add(
-                    f"all {body.name}, embedding {other.name}",
-                    "control",
-                    dict.fromkeys(lab.matrices, body) | dict.fromkeys(ends, other),
-                    IMATRIX,
-                )
+                types = dict.fromkeys(lab.matrices, body) | dict.fromkeys(ends, other)
+                for kind, how in (("control", NEAREST), ("uniform", PLANS[1])):
+                    add(f"all {body.name}, embedding {other.name}, {how.name}", kind, types, how)
         largest = ROOM * self.files.bytes(dict.fromkeys(lab.matrices, Type.Q8_0))
         return [file for file in made.values() if file.size <= largest]
 
@@ -277,18 +277,17 @@ def study(given: argparse.Namespace, task: str, pool: Pool, place: Path, until: 
     plans = [file for how in PLANS for file in one.plans(how, budgets, "plan")]
     variants = [file for how in VARIANTS for file in one.plans(how, budgets[:: max(1, len(budgets) // 4)], "variant")]
     plans = one.judge(plans)
-    rivals = one.judge(sorted(rivals, key=lambda file: (file.kind != "stock", "embedding" in file.name, file.how is PLAIN)))
+    rivals = one.judge(sorted(rivals, key=lambda file: (RIVALS.index(file.kind), "embedding" in file.name, file.how is PLAIN)))
     variants = one.judge(variants)
     table, selected = [], []
     for budget in budgets:
         planned = [file for file in plans if file.name.startswith(f"{budget} MB,")]
-        stock, control = ([f for f in rivals if f.kind == kind and f.size <= ROOM * budget * MB] for kind in ("stock", "control"))
+        stock, control, uniform = ([f for f in rivals if f.kind == kind and f.size <= ROOM * budget * MB] for kind in RIVALS)
         if not planned or not stock:
             continue
         plan = one.chosen(planned)
         row = {"budget_bytes": budget * MB, "plan": plan.row(), "stock": against(plan, stock)}
-        if control:
-            row["control"] = against(plan, control)
+        row |= {kind: against(plan, group) for kind, group in (("control", control), ("uniform", uniform)) if group}
         best = [min(group, key=lambda file: file.kl) for group in (stock, control) if group]
         selected += [plan, *best]
         table.append((row, plan, best))
@@ -334,7 +333,7 @@ def _numbered(number: int, *job: Any) -> tuple[int, dict[str, np.ndarray]]:
 
 def _line(task: str, row: Mapping[str, Any]) -> str:
     text = f"{task} {row['budget_bytes'] / MB:.0f} MB: KL {row['plan']['kl']:.4f} loss {row['plan']['loss']:.4f} ({row['plan']['name']})"
-    for kind in ("stock", "control"):
+    for kind in RIVALS:
         if kind in row:
             r = row[kind]
             text += (

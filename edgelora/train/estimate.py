@@ -29,11 +29,13 @@ _PIECE = {"cuda": 1 << 28, "cpu": 1 << 23}  # logits at once: loss._PIECE
 _LIBRARIES = {"cuda": 0.15e9, "cpu": 0.57e9}  # cuBLAS's workspaces; a CPU's process before it loads the base
 _SHORT = 256  # tokens: attention._KEPT
 # Bytes that transformers' and peft's own layers keep of a token in bf16, for every unit of hidden, inner, attention and key sizes:
-# solved from what autograd saved in tiny models of five sizes each. With train.dropout 20 a hidden and 4 an inner unit more.
+# solved from what autograd saved in tiny models of five sizes each.
 _PLAIN = {"qwen3": (28, 10, 12, 8), "gemma3_text": (36, 10, 12, 8), "phi3": (20, 10, 6, 6)}
-_PLAIN_LLAMA, _DORA, _DROPOUT = (28, 10, 12, 4), (48, 25, 16, 16), (20, 4, 0, 0)
+_PLAIN_LLAMA, _DORA = (28, 10, 12, 4), (48, 25, 16, 16)
+_DROPOUT = {"cpu": (20, 4, 0, 0), "cuda": (15, 3, 0, 0)}  # what each of seven inputs becomes, and its mask: a byte on a GPU
 _SCATTERED = 1.2  # many small pieces leave gaps in a CPU's heap
 _HOLES = 2.3  # so do the kept probabilities, between what was made in fp32 on the way to them
+_RATES_S = 0.25
 _SAMPLE = 8192  # rows that are dealt to see how large a batch gets
 
 # Seconds = sum of factor x work / rate, fitted on one H100 (see above): products, attention's products, passes over what a layer
@@ -238,7 +240,7 @@ class _Job:
                 _DORA if self.train.variant == "dora" else _PLAIN.get(str(self.outline.config.get("model_type")), _PLAIN_LLAMA)
             )
             if self.train.dropout > 0:
-                units = tuple(a + b for a, b in zip(units, _DROPOUT, strict=True))
+                units = tuple(a + b for a, b in zip(units, _DROPOUT[self.device.kind], strict=True))
             sizes = (s.hidden, s.inner, s.attention, s.keys)
             kept = self.size / 2 * sum(a * b for a, b in zip(units, sizes, strict=True)) + 28 * self.train.r
             return kept * (_SCATTERED if self.device.kind == "cpu" else 1) + probabilities
@@ -311,19 +313,24 @@ def here(dtype: str = "auto", threads: int | None = None) -> Device:
 
 
 def _rates(place: str, dtype: Any) -> tuple[float, float]:
-    """FLOP/s of a square product and bytes a second of a copy, the fastest of four."""
+    """FLOP/s of a square product and bytes a second of a copy."""
     import torch
 
     side, copied = (8192, 1 << 26) if place != "cpu" else (1024, 1 << 24)
     a, b = torch.ones(side, side, dtype=dtype, device=place), torch.zeros(copied, dtype=torch.float32, device=place)
-    return 2 * side**3 / _fastest(lambda: (a @ a).sum().item()), 8 * copied / _fastest(lambda: b.clone()[0].item())
+    return 2 * side**3 / _fastest(lambda: a @ a, place), 8 * copied / _fastest(b.clone, place)
 
 
-def _fastest(work: Any) -> float:
-    """Seconds of the fastest of four."""
-    best = math.inf
-    for _ in range(4):
+def _fastest(work: Any, place: str) -> float:
+    """Seconds of the fastest of at least four, of all that end within a quarter of a second: a GPU at rest has to raise its clock first."""
+    import torch
+
+    best, begun = math.inf, time.perf_counter()
+    done = 0
+    while done < 4 or time.perf_counter() - begun < _RATES_S:
         started = time.perf_counter()
         work()
-        best = min(best, time.perf_counter() - started)
+        if place != "cpu":
+            torch.cuda.synchronize(place)
+        best, done = min(best, time.perf_counter() - started), done + 1
     return best
