@@ -26,4 +26,6 @@ FORMATS = {
     "gguf": "edgelora.export.gguf",
     "gguf-lora": "edgelora.export.gguf_lora",
     "onnx": "edgelora.export.onnx",
+    "litert": "edgelora.export.litert",
+    "mnn": "edgelora.export.mnn",
 }

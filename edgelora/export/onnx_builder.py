@@ -35,7 +35,7 @@ def run(model: Path, options: Sequence[str], scratch: Path, layers: int, progres
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_die_with_us(),
+        preexec_fn=die_with_us(),
     ) as process:
         try:
             for line in _lines(process):
@@ -118,7 +118,7 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
     yield rest.decode("utf-8", "replace")
 
 
-def _die_with_us() -> Callable[[], object] | None:
+def die_with_us() -> Callable[[], object] | None:
     """On Linux the kernel ends the builder when we die, however we die: else it writes into the next attempt's folder."""
     if sys.platform != "linux":
         return None

@@ -26,7 +26,7 @@ _QUESTION = "qzquestion"  # a word that no template holds
 class Phone:
     """How one format gets into an app. `android` is a Maven coordinate, `ios` a Swift package and its products, "" where there is none.
 
-    In `kotlin` and `swift` stand $file (its name), $prompt (a string literal around `question`) and $tokens (the longest context).
+    In `kotlin`, `swift` and `cpp` stand $file (its name), $prompt (a string literal around `question`) and $tokens (the longest context).
     """
 
     library: str
@@ -35,6 +35,7 @@ class Phone:
     ios: str
     swift: str
     beside: tuple[str, ...] = ()  # files that the app needs too
+    cpp: str = ""  # of a library without Kotlin and Swift: what both call
 
 
 def write(folder: Path, facts: Mapping[str, Any], phone: Phone, texts: FolderText, tokens: int) -> Path:
@@ -53,13 +54,17 @@ def _lines(facts: Mapping[str, Any], phone: Phone, texts: FolderText, tokens: in
         yield f"The app needs beside it: {', '.join(f'`{name}`' for name in phone.beside)}.\n"
     yield "## Android\n"
     yield from _android(file, size)
-    yield f'\n```kotlin\n// build.gradle.kts: implementation("{phone.android}")\n{_said(phone.kotlin, file, _literal(prompt, "$question", "$"), tokens)}```\n'
+    source = f'// build.gradle.kts: implementation("{phone.android}")\n' if phone.android else ""
+    yield f"\n```kotlin\n{source}{_said(phone.kotlin, file, _literal(prompt, '$question', '$'), tokens)}```\n"
     yield "## iOS\n"
     if phone.swift:
         yield f"Add the file to the target's resources, or download it into Application Support. The App Store takes apps of up to {_APP_STORE / 1e9:.0f} GB.\n"
         yield f"```swift\n// {phone.ios}\n{_said(phone.swift, file, _literal(prompt, chr(92) + '(question)', ''), tokens)}```\n"
     else:
         yield "This format has no released runtime for iOS. Export the model as gguf (llama.cpp), executorch or mnn instead.\n"
+    if phone.cpp:
+        yield "## What both call\n"
+        yield f"```cpp\n{_said(phone.cpp, file, _literal(prompt, '', ''), tokens)}```\n"
     yield "Core ML is not written: its files can be checked on a Mac only, and edgelora ships no file that it has not run.\n"
     yield "## Prompt and end\n"
     yield "The model was trained on this text and answers well to no other; `question` is what the user typed:\n"

@@ -276,4 +276,4 @@ def size_bytes(path: Path) -> int:
 
 def _widest(module: ModuleType) -> str:
     """The format's widest type, to tell rounding from a wrong conversion."""
-    return "f16" if "f16" in module.TYPES else "fp32"
+    return next(type for type in ("f16", "fp32", "fp16") if type in module.TYPES)

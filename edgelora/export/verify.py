@@ -41,7 +41,7 @@ PROBES = (
     "def f(x):\n    return x**2  # 100% of $5.00 <b>&amp;</b>",
     "a" * 40 + " " + "0" * 20,
 )
-_CONVERSATIONS = (
+CONVERSATIONS = (
     (("user", "Hello"),),
     (("system", "Be brief."), ("user", "What is 2 + 2?"), ("assistant", "4"), ("user", "And 3 + 3?")),
 )
@@ -90,7 +90,7 @@ def further(exported: Path, first: str, others: Sequence[str], rows: Sequence[En
         expected = evaluate.answer_scores(session, chosen)
         texts = [session.detokenize(row.ids) for row in chosen]
         tokens = [session.tokenize(text) for text in (*PROBES, *texts)]
-        prompts = [template.render(session.chat_template, conversation, session.special_tokens) for conversation in _CONVERSATIONS]
+        prompts = [template.render(session.chat_template, conversation, session.special_tokens) for conversation in CONVERSATIONS]
         greedy = [session.detokenize([*session.generate(session.tokenize(p), _GREEDY, session.stop_ids)]) for p in prompts]
     found = {}
     for name in others:
@@ -103,7 +103,7 @@ def further(exported: Path, first: str, others: Sequence[str], rows: Sequence[En
                 )
             again = [session.detokenize([*session.generate(session.tokenize(p), _GREEDY, session.stop_ids)]) for p in prompts]
             own = [session.library_tokenize(text) for text in (*PROBES, *texts)]
-            rendered = [session.library_render(conversation) for conversation in _CONVERSATIONS]
+            rendered = [session.library_render(conversation) for conversation in CONVERSATIONS]
         found[name] = {
             "kl": kl,
             "same_text": again == greedy,
@@ -118,7 +118,7 @@ def expected(exported: Path, name: str, threads: int) -> tuple[dict[str, list[in
     """What another program should make of `exported`, by the runtime `name`: ids of texts, greedy ids after prompts, the template around "Hello"."""
     with runtime(name).open(exported, threads) as session:
         texts = {text: list(session.tokenize(text)) for text in PROBES}
-        prompts = [template.render(session.chat_template, conversation, session.special_tokens) for conversation in _CONVERSATIONS]
+        prompts = [template.render(session.chat_template, conversation, session.special_tokens) for conversation in CONVERSATIONS]
         greedy = {p: [*session.generate(session.tokenize(p), _GREEDY, session.stop_ids)] for p in prompts}
     return texts, {prompt: ids for prompt, ids in greedy.items() if ids}, prompts[0]
 
@@ -137,7 +137,7 @@ def _same_tokens(tokenizer: Any, session: Session, exported: Path, rows: Sequenc
 
 
 def _same_template(tokenizer: Any, session: Session, exported: Path) -> None:
-    for conversation in _CONVERSATIONS:
+    for conversation in CONVERSATIONS:
         expected = chat.render(tokenizer, conversation, open_turn=True)
         found = template.render(session.chat_template, conversation, session.special_tokens)
         if expected != found:

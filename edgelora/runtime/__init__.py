@@ -27,9 +27,11 @@ RUNTIMES = {
     "onnxruntime": "edgelora.runtime.onnx_runtime",
     "onnxruntime-genai": "edgelora.runtime.onnx_genai",
     "executorch": "edgelora.runtime.executorch",
+    "litert-lm": "edgelora.runtime.litert_lm",
+    "mnn": "edgelora.runtime.mnn",
     "torch": "edgelora.runtime.torch_reference",
 }
-_BY_SUFFIX = {".gguf": "llama.cpp", ".pte": "executorch"}
+_BY_SUFFIX = {".gguf": "llama.cpp", ".pte": "executorch", ".litertlm": "litert-lm"}
 
 
 class Session(Protocol):
@@ -94,14 +96,16 @@ def runtimes_of(path: Path) -> tuple[str, ...]:
 
 
 def runtime_of(path: Path) -> str:
-    """The name of the runtime that opens `path`: a .gguf or .pte file, or a folder of ONNX or of Hugging Face."""
+    """The name of the runtime that opens `path`: a .gguf, .pte or .litertlm file, or a folder of ONNX, MNN or Hugging Face."""
     if path.is_file() and path.suffix in _BY_SUFFIX:
         return _BY_SUFFIX[path.suffix]
     if (path / "model.onnx").is_file():
         return "onnxruntime"
+    if (path / "llm.mnn").is_file():
+        return "mnn"
     if (path / "config.json").is_file():
         return "torch"
     raise ModelError(
         f"{path} is not a model that can be run here" if path.exists() else f"model not found: {path}",
-        "name a .gguf or .pte file, a folder with model.onnx, or one with config.json and *.safetensors",
+        "name a .gguf, .pte or .litertlm file, a folder with model.onnx or llm.mnn, or one with config.json and *.safetensors",
     )

@@ -14,8 +14,9 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -108,13 +109,13 @@ class Process:
 Opener = Callable[[Path, int], "Session"]  # (path, threads)
 
 
-def start(environment: str, texts: Callable[[Path], Path]) -> Opener:
+def start(environment: str, texts: Callable[[Path], Path], session: type[Session] | None = None) -> Opener:
     """Launch a process of `environment` that runs `there/run_ENVIRONMENT.py`, its library imported; what opens a file in it, once.
 
     `texts`: where, beside a file, tokenizer and chat template lie. ToolMissing when the environment is not installed.
     """
     process = Process(environment, environments.python(environment), THERE / f"run_{environment}.py")
-    return lambda path, threads: Session(process, path, texts(path), threads)
+    return lambda path, threads: (session or Session)(process, path, texts(path), threads)
 
 
 class Session(FolderText):
@@ -173,7 +174,7 @@ class Session(FolderText):
             self._process.close()
         self._process = None
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -211,3 +212,28 @@ class Session(FolderText):
         if self._process is None:
             raise EdgeloraError("the model was closed", "open it again")
         return self._process
+
+
+class OwnText(Session):
+    """A session of a file that holds its own chat template, for a library that renders it and answers in text."""
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        return str(self._text["chat_template"]) if self._text["chat_template"] else None
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        return dict(self._text.get("special_tokens", {}))
+
+    def library_render(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The conversation by the library's own template engine, up to where the assistant begins."""
+        return str(self._open().ask("render", messages=[list(message) for message in messages])["text"])
+
+    def library_answer(self, prompt: str, max_new_tokens: int) -> str:
+        """What the library itself greedily answers to a rendered prompt, up to a stop token."""
+        self._calls += 1
+        return str(self._open().ask("answer", prompt=prompt, most=max_new_tokens)["text"])
+
+    @cached_property
+    def _text(self) -> dict[str, Any]:
+        return self._open().ask("text")

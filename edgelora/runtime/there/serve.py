@@ -9,14 +9,21 @@ import json
 import os
 import select
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 
 class Refused(Exception):
     """What the model cannot do, as opposed to what is broken."""
 
 
-def serve(open_model: Any) -> None:
+def quiet() -> TextIO:
+    """Where replies go; what is printed from now on goes to stderr. For a library that prints when it is imported."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return replies
+
+
+def serve(open_model: Any, replies: TextIO | None = None) -> None:
     """Answer requests until the other end closes. `open_model(path, threads)` gives an object with
 
     facts          a dict that the other end is told: "context" (tokens that fit), "vocabulary", perhaps "stop_ids"
@@ -26,13 +33,15 @@ def serve(open_model: Any) -> None:
     generate(ids, most)
                    optional: greedy ids, one at a time; else they are made with `feed`
     tokenize(text) optional: the library's own tokenizer, special tokens parsed and none added
+
+    Any other request goes to a method of that name, whose dict is the reply: `text`, `detokenize`, `render` and `answer` of
+    those that `elsewhere.OwnText` speaks to.
     """
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    out = replies or quiet()
 
     def reply(**values: Any) -> None:
-        replies.write(json.dumps(values) + "\n")
-        replies.flush()
+        out.write(json.dumps(values) + "\n")
+        out.flush()
 
     reply(ready=True)
     model: Any = None
@@ -49,6 +58,8 @@ def serve(open_model: Any) -> None:
                 reply(ids=[int(i) for i in model.tokenize(asked["text"])])
             elif asked["do"] == "generate":
                 _generate(model, asked["ids"], asked["most"], set(asked["stop"]), reply)
+            else:
+                reply(**getattr(model, asked.pop("do"))(**asked))
         except Refused as error:
             reply(error="Unsupported", text=str(error))
         except Exception as error:

@@ -1,0 +1,195 @@
+"""MNN: a folder for Alibaba's MNN on phones, with its own tokenizer file, chat template and ends of answers inside.
+
+Written in the environment "mnn" by llmexport, MNN's exporter. Weights are rounded to levels from the smallest to the largest value of
+a block; while it runs, activations are rounded to 8 bits as they come. The exporter rounds what it reads, and reads float32
+here: from a 16-bit checkpoint it would compute its levels in 16 bits too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgelora import environments, models
+from edgelora.data import chat
+from edgelora.errors import Unsupported, VerifyError
+from edgelora.export import elsewhere, gguf, transformers4, verify
+from edgelora.export.phone_readme import Phone
+from edgelora.runtime import mnn as runtime
+from edgelora.runtime.text import FolderText
+from edgelora.weights import Checkpoint
+
+DEFAULT_TYPE = "int4"
+TYPES = {
+    "int4": "4-bit weights in blocks of 64, 8-bit activations, 4-bit embedding",
+    "int8": "8-bit weights in blocks of 64, 8-bit activations, 8-bit embedding",
+    "fp16": "16-bit floats, a bfloat16 embedding: nearly exact, and large",
+}
+RUNTIME = "mnn"
+FURTHER: tuple[str, ...] = ()
+REQUIRES = ("transformers", "tokenizers")
+ENVIRONMENT = "mnn"
+MERGES = False
+APART = False
+OPTIONS: frozenset[str] = frozenset()
+CALIBRATION = ""
+PHONE = Phone(
+    library=f"MNN {environments.versions(ENVIRONMENT)['MNN']} (CPU), built from its sources with -DMNN_BUILD_LLM=ON -DMNN_LOW_MEMORY=ON -DMNN_SUPPORT_TRANSFORMER_FUSE=ON",
+    android="",
+    kotlin="""\
+// No Maven artifact: build libMNN.so with the NDK (project/android/build_64.sh), and this function's C++ below into a library of yours.
+object Model {
+    init { System.loadLibrary("answer") }
+    external fun open(folder: String)
+    external fun ask(question: String): String
+}
+// Model.open("$$filesDir/$file"), once and not on the main thread; then Model.ask("...")
+""",
+    ios="MNN.framework: package_scripts/ios/buildiOS.sh of MNN's sources with the same options; the C++ below in an Objective-C++ file (.mm)",
+    swift="""\
+// With a bridging header that declares  void modelOpen(const char *);  const char *modelAsk(const char *);
+modelOpen(Bundle.main.path(forResource: "$file", ofType: nil)!)
+
+func ask(_ question: String) -> String { String(cString: modelAsk(question)) }
+""",
+    cpp="""\
+#include <llm/llm.hpp>
+#include <sstream>
+using namespace MNN::Transformer;
+
+static Llm *llm;
+static std::string said;
+
+extern "C" void modelOpen(const char *folder) {
+    llm = Llm::createLLM(std::string(folder) + "/config.json");
+    llm->load();
+}
+
+extern "C" const char *modelAsk(const char *question) {
+    std::ostringstream out;
+    llm->reset();                                 // each question begins anew
+    llm->response(std::string(question), &out);  // the folder's template goes around it
+    said = out.str();
+    return said.c_str();
+}
+""",
+)
+
+Progress = Callable[[float, str], None]
+
+# Architectures whose graph was held against the model itself, on tiny models of them.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_BLOCK = 64
+_BITS = {"int4": 4, "int8": 8, "fp16": 16}
+_CONTEXT = 2048  # tokens, as much as MNN reserves by itself
+_KEPT = ("llm.mnn", "llm.mnn.weight", "llm_config.json", "config.json", "tokenizer.mtok", "embeddings_bf16.bin")
+_LAYER_BYTES = 16_500  # of the graph
+
+
+def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -> Path:
+    """Write the folder ``folder/<name>-<type>-mnn`` from the Hugging Face folder `model` and return it.
+
+    Raises Unsupported for a model that was not tried, ToolMissing without the environment, VerifyError when MNN's template
+    engine renders otherwise than training did, ModelError with the exporter's own last words when it fails.
+    """
+    _check(model, type)
+    target = folder / f"{name}-{type}-mnn"
+    scratch = folder / ".mnn"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        # Relative names: the exporter takes a path with "bge" or "gte" anywhere in it for another kind of model.
+        described, built = transformers4.described(model.resolve(), scratch), scratch / "built"
+        options = ["--quant_bit", str(_BITS[type]), "--quant_block", str(_BLOCK), *(["--seperate_embed"] if type == "fp16" else [])]
+        job = {"model": described.name, "output": built.name, "options": options, "stop_ids": list(FolderText(model).stop_ids)}
+        elsewhere.run(ENVIRONMENT, job, scratch.resolve(), model, lambda share, text: progress(0.9 * share, text))
+        for path in built.iterdir():
+            if path.name not in _KEPT:
+                path.unlink()  # the graph once more as JSON, and the paths of this machine
+        _settle(built, context(model))
+        progress(0.9, "rendering the chat template in MNN")
+        _same_rendering(model, built)
+        shutil.rmtree(target, ignore_errors=True)
+        built.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    progress(1.0, "written")
+    return target
+
+
+def context(model: Path) -> int:
+    """Tokens that MNN is told to hold: 2,048, or what the model knows if that is less."""
+    return int(min(_CONTEXT, gguf.model_config(model).max_position_embeddings))
+
+
+def predict_bytes(model: Path, type: str, name: str = "") -> int:
+    """Estimate the bytes of the folder, from the shapes and the tokenizer. Raises Unsupported as `write` does."""
+    config, shapes = _check(model, type)
+    return bytes_of(config.to_dict(), shapes, type) + int(0.36 * (model / "tokenizer.json").stat().st_size)
+
+
+def bytes_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str) -> int:
+    """The same from a model's shape. A head that shares the embedding's weights is stored once, but in 16 bits."""
+    total = int(config["num_hidden_layers"]) * _LAYER_BYTES + 2000
+    table = shapes["model.embed_tokens.weight"]
+    if type == "fp16" or "lm_head.weight" in shapes:
+        total += 2 * math.prod(table)
+    for name, shape in shapes.items():
+        if len(shape) < 2:
+            total += 8 * math.prod(shape)
+        elif name != "model.embed_tokens.weight" or "lm_head.weight" not in shapes:
+            scales = 0 if type == "fp16" else shape[1] // _block(shape[1]) * 8
+            total += shape[0] * (shape[1] * _BITS[type] // 8 + scales)
+    return total
+
+
+def estimate(model: Path, type: str, importance: bool) -> dict[str, float]:
+    """What `write` will need, an estimate: `peak_bytes` of memory and `seconds` of CPU time."""
+    config, shapes = _check(model, type)
+    return estimate_of(config.to_dict(), shapes, type, importance)
+
+
+def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str, importance: bool) -> dict[str, float]:
+    """The same from a model's shape. Fitted on two cores of an x86-64 machine; a slower processor takes longer."""
+    values = sum(math.prod(shape) for shape in shapes.values())
+    return {"peak_bytes": 5e8 + 7.0 * values, "seconds": 4 + 0.15 * int(config["num_hidden_layers"]) + 3e-8 * values}
+
+
+def _check(model: Path, type: str) -> tuple[Any, Mapping[str, Sequence[int]]]:
+    config, shapes = gguf.model_config(model), Checkpoint(model).shapes
+    if config.model_type not in ARCHITECTURES:
+        raise Unsupported(
+            f"MNN folders of {config.model_type} models were not tried", f"tried: {', '.join(ARCHITECTURES)}; or export it as gguf"
+        )
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope != "default":
+        raise Unsupported(f"MNN's exporter was not tried with the rotation {rope!r}", "export it as gguf instead")
+    return config, shapes
+
+
+def _block(width: int) -> int:
+    """The exporter halves the block until rows are whole blocks."""
+    return math.gcd(_BLOCK, width)
+
+
+def _settle(built: Path, longest: int) -> None:
+    """Settings of the answer that was verified: greedy, and as long as the model goes."""
+    path = built / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(settings | {"sampler_type": "greedy", "max_all_tokens": longest}, indent=2) + "\n", encoding="utf-8")
+
+
+def _same_rendering(model: Path, built: Path) -> None:
+    tokenizer = models.open_tokenizer(model)
+    with runtime.open(built, 1) as session:
+        for conversation in verify.CONVERSATIONS:
+            expected, found = chat.render(tokenizer, conversation, open_turn=True), session.library_render(conversation)
+            if found != expected:
+                raise VerifyError(
+                    f"{model.name}: MNN's template engine renders {found[:80]!r} where training saw {expected[:80]!r}",
+                    "the culprit is MNN's template engine: export it as gguf instead",
+                )
