@@ -1,6 +1,7 @@
 # make quickstart   set everything up and run the main job on the embedded base model
 # make test         set everything up and run every test
 # make lint         ruff and mypy
+# make bench-mobile the quick start's model in llama.cpp, ONNX Runtime, ExecuTorch, LiteRT-LM and MNN, in one report
 # make gate         the sizes of the quick start's files and of the wheel, against bench/budgets.yaml
 #
 # Everything lands in .venv and runs/; a second call installs nothing and runs nothing again.
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.edgelora
 CONSTRAINTS := constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
-.PHONY: quickstart test test-fast lint gate docs clean
+.PHONY: quickstart bench-mobile test test-fast lint gate docs clean
 
 quickstart: $(STAMP)/base
 	$(BIN)/edgelora run recipes/quickstart.yaml
@@ -31,6 +32,9 @@ gate: $(STAMP)/base $(STAMP)/dev
 	$(BIN)/python bench/gate.py runs/gate
 	$(BIN)/edgelora check runs/gate --budgets bench/budgets.yaml --baseline bench/baselines
 	$(BIN)/edgelora check runs/gate/edgelora-*.whl --budget size=650kB
+
+bench-mobile: quickstart
+	$(BIN)/python bench/mobile.py runs/quickstart -o runs/mobile
 
 docs: $(STAMP)/base
 	$(BIN)/python tests/reference.py --write README.md

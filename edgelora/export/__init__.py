@@ -26,6 +26,7 @@ FORMATS = {
     "gguf": "edgelora.export.gguf",
     "gguf-lora": "edgelora.export.gguf_lora",
     "onnx": "edgelora.export.onnx",
+    "executorch": "edgelora.export.executorch",
     "litert": "edgelora.export.litert",
     "mnn": "edgelora.export.mnn",
 }

@@ -21,7 +21,7 @@ def version() -> str:
 
 def start() -> elsewhere.Opener:
     """A process with ExecuTorch imported; see `edgelora.runtime`."""
-    return elsewhere.start(ENVIRONMENT, lambda path: path.parent)
+    return elsewhere.start(ENVIRONMENT, lambda path: path.parent, ExecuTorchSession)
 
 
 def open(path: Path, threads: int) -> elsewhere.Session:
@@ -32,3 +32,10 @@ def open(path: Path, threads: int) -> elsewhere.Session:
 def bytes_per_token(path: Path) -> int:
     """Bytes of weights that decoding one token reads; see `edgelora.size.traffic`."""
     return traffic.bytes_per_token(path)
+
+
+class ExecuTorchSession(elsewhere.Session):
+    """See edgelora.runtime.Session. Ids are those of ExecuTorch's own tokenizer, written in C++, which apps will get."""
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.library_tokenize(text)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 warnings.simplefilter("ignore")
@@ -12,6 +13,7 @@ import numpy as np  # noqa: E402
 import serve  # noqa: E402
 import torch  # noqa: E402
 from executorch.extension.pybindings import portable_lib  # noqa: E402
+from pytorch_tokenizers import CppHFTokenizer  # noqa: E402
 
 
 class Model:
@@ -25,6 +27,8 @@ class Model:
             "vocabulary": self._constant("get_vocab_size"),
             "stop_ids": list(self._module.run_method("get_eos_ids", ())),
         }
+        self._tokenizer = CppHFTokenizer()
+        self._tokenizer.load(str(Path(path).with_name("tokenizer.json")))
         self._step([0], 0)  # only now are the weights laid out for this processor: that is part of loading
 
     def feed(self, ids: Sequence[int], at: int, keep: int) -> Any:
@@ -34,6 +38,9 @@ class Model:
             self._step(ids[:read], at)
         rows = [self._step([token], at + read + i) for i, token in enumerate(ids[read:])]
         return np.concatenate(rows)
+
+    def tokenize(self, text: str) -> Any:
+        return self._tokenizer.encode(text, 0, 0)
 
     def generate(self, ids: Sequence[int], most: int) -> Iterator[int]:
         at = 0

@@ -1,0 +1,236 @@
+"""ExecuTorch: a .pte file for phones, whose matrices XNNPACK multiplies; written in the environment "executorch".
+
+Integer types round activations to 8 bits as they come. The tokenizer and its template ship beside the file; the ids that end
+an answer stand in it.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgelora import environments, models
+from edgelora.errors import ModelError
+from edgelora.export import executorch_layout as layout
+from edgelora.export import gguf, onnx_builder
+from edgelora.export.phone_readme import Phone
+from edgelora.weights import Checkpoint
+
+DEFAULT_TYPE = "int4"
+TYPES = {
+    "int4": "4-bit weights in groups of 32, 8-bit activations (8da4w), 4-bit embedding",
+    "int8": "8-bit weights by row, 8-bit activations (8da8w), 8-bit embedding",
+    "fp32": "32-bit floats: exact, and large",
+}
+RUNTIME = "executorch"
+FURTHER: tuple[str, ...] = ()
+REQUIRES = ("transformers", "tokenizers")
+ENVIRONMENT = "executorch"
+MERGES = False
+APART = False
+OPTIONS: frozenset[str] = frozenset()
+CALIBRATION = ""
+PHONE = Phone(
+    library=f"ExecuTorch {environments.versions(ENVIRONMENT)['executorch']} (CPU, XNNPACK)",
+    android=f"org.pytorch:executorch-android:{environments.versions(ENVIRONMENT)['executorch']}",
+    kotlin="""\
+import org.pytorch.executorch.extension.llm.LlmCallback
+import org.pytorch.executorch.extension.llm.LlmModule
+
+val model = LlmModule("$$filesDir/$file", "$$filesDir/tokenizer.json", 0f)
+model.load()
+
+fun ask(question: String, show: (String) -> Unit) {
+    val prompt = $prompt
+    model.resetContext()  // each question begins anew
+    model.generate(prompt, $tokens, object : LlmCallback {
+        override fun onResult(piece: String) = show(piece)
+    }, false)
+}
+""",
+    ios="Swift package https://github.com/pytorch/executorch, products executorch_llm, backend_xnnpack, kernels_llm, kernels_optimized, kernels_quantized",
+    swift="""\
+import ExecuTorchLLM
+
+func path(_ name: String, _ type: String) -> String { Bundle.main.path(forResource: name, ofType: type)! }
+let runner = TextRunner(modelPath: path("$stem", "pte"), tokenizerPath: path("tokenizer", "json"))
+
+func ask(_ question: String, show: @escaping (String) -> Void) throws {
+    let prompt = $prompt
+    runner.reset()
+    try runner.generate(prompt, Config { $$0.temperature = 0; $$0.sequenceLength = $tokens; $$0.isEchoEnabled = false }, tokenCallback: show)
+}
+""",
+    beside=("tokenizer.json",),
+)
+
+Progress = Callable[[float, str], None]
+
+_CONTEXT = 2048  # tokens of cache that a file reserves
+_BITS = {"int4": (4, layout.GROUP), "int8": (8, 0), "fp32": (0, 0)}
+_BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -> Path:
+    """Write ``folder/<name>-<type>.pte`` from the Hugging Face folder `model` and return it; the tokenizer's files go beside it.
+
+    Raises Unsupported for a model that ExecuTorch's transformer cannot be, ToolMissing without the environment, ModelError
+    with the exporter's own last words when it fails.
+    """
+    python = environments.python(ENVIRONMENT)
+    job = _job(model, type)
+    path = folder / f"{name}-{type}.pte"
+    scratch = folder / ".executorch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        (scratch / "tmp").mkdir(parents=True)
+        partial = scratch / path.name
+        (scratch / "job.json").write_text(json.dumps(job | {"output": str(partial.resolve())}), encoding="utf-8")
+        _run(python, scratch.resolve(), model, progress)
+        partial.replace(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    for file in _BESIDE:
+        if (model / file).is_file():
+            shutil.copyfile(model / file, folder / file)
+    _without_composing(folder / "tokenizer.json")
+    progress(1.0, "written")
+    return path
+
+
+def context(model: Path) -> int:
+    """Tokens that a file holds: 2,048, or what the model knows if that is less."""
+    config = gguf.model_config(model)
+    original = (
+        config.rope_parameters.get("original_max_position_embeddings") if config.rope_parameters.get("rope_type") == "longrope" else None
+    )
+    return int(min(_CONTEXT, config.max_position_embeddings, original or _CONTEXT))
+
+
+def predict_bytes(model: Path, type: str, name: str = "") -> int:
+    """Estimate the bytes of the .pte. Raises Unsupported as `write` does."""
+    config, shapes = gguf.model_config(model), Checkpoint(model).shapes
+    _check(config, shapes, type, context(model))
+    return bytes_of(config.to_dict(), shapes, type)
+
+
+def bytes_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str) -> int:
+    """The same from a model's shape: the embedding and the head are stored apart even where they share their weights."""
+    table = shapes["model.embed_tokens.weight"]
+    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and name not in ("model.embed_tokens.weight", "lm_head.weight")]
+    bits, group = _BITS[type]
+    total = sum(4 * math.prod(shape) for shape in shapes.values() if len(shape) == 1)
+    for rows, columns in [*matrices, table]:  # the table once more as the head
+        scales = columns // group * 2 if group else 4
+        total += rows * ((columns * bits // 8 + scales) if bits else columns * 4)
+    rows, columns = table
+    total += rows * ((columns * bits // 8 + (columns // group * 4 if group else 4)) if bits else columns * 4)
+    return total
+
+
+def estimate(model: Path, type: str, importance: bool) -> dict[str, float]:
+    """What `write` will need, an estimate: `peak_bytes` of memory and `seconds` of CPU time."""
+    return estimate_of(gguf.model_config(model).to_dict(), Checkpoint(model).shapes, type, importance)
+
+
+def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str, importance: bool) -> dict[str, float]:
+    """The same from a model's shape."""
+    values = sum(math.prod(shape) for shape in shapes.values())
+    return {"peak_bytes": 6e8 + 12.0 * values, "seconds": 10 + 3.0 * int(config["num_hidden_layers"]) + 1e-7 * values}
+
+
+def _check(config: Any, shapes: Mapping[str, Sequence[int]], type: str, context: int) -> dict[str, layout.Rows]:
+    layout.check(config, context)
+    if type == "int4":
+        layout.check_widths(shapes)
+    return layout.tensors(config, shapes)
+
+
+def _job(model: Path, type: str) -> dict[str, Any]:
+    """What the other program is told; see there/write_executorch.py."""
+    config, shapes, longest = gguf.model_config(model), Checkpoint(model).shapes, context(model)
+    tensors = _check(config, shapes, type, longest)
+    tokenizer = models.open_tokenizer(model)
+    more = (
+        json.loads((model / "generation_config.json").read_text()).get("eos_token_id")
+        if (model / "generation_config.json").is_file()
+        else None
+    )
+    ends = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
+    inv_freq, factor = layout.frequencies(config, longest)
+    bits, group = _BITS[type]
+    return {
+        "folder": str(model.resolve()),
+        "tensors": tensors,
+        "params": layout.params(config, shapes, longest),
+        "inv_freq": inv_freq,
+        "attention_factor": factor,
+        "bits": bits,
+        "group": group,
+        "methods": {  # what ExecuTorch's runners ask a file
+            "get_bos_id": tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
+            "get_eos_ids": list(dict.fromkeys(i for i in ends if i is not None)),
+            "get_max_seq_len": longest,
+            "get_max_context_len": longest,
+            "get_n_layers": config.num_hidden_layers,
+            "get_vocab_size": shapes["model.embed_tokens.weight"][0],
+            "use_kv_cache": True,
+            "use_sdpa_with_kv_cache": True,
+            "enable_dynamic_shape": True,
+        },
+    }
+
+
+def _without_composing(tokenizer: Path) -> None:
+    """Take Unicode composition (NFC) out of a tokenizer: ExecuTorch's own takes letters apart instead, and what people type is composed.
+
+    pytorch/executorch's normalizer says of itself that it "may not handle all edge cases"; with it, "naïve" becomes other tokens.
+    """
+    values = json.loads(tokenizer.read_text(encoding="utf-8"))
+    if (values.get("normalizer") or {}).get("type") == "NFC":
+        tokenizer.write_text(json.dumps(values | {"normalizer": None}, ensure_ascii=False), encoding="utf-8")
+
+
+def _run(python: Path, scratch: Path, model: Path, progress: Progress) -> None:
+    """Run the exporter; ModelError with the last meaningful line of its output when it fails."""
+    script = Path(__file__).with_name("there") / "write_executorch.py"
+    tail: collections.deque[str] = collections.deque(maxlen=50)
+    with subprocess.Popen(
+        [str(python), str(script), str(scratch / "job.json")],
+        cwd=scratch,
+        env={key: value for key, value in onnx_builder.environment(scratch).items() if key != "PYTHONPATH"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=onnx_builder.die_with_us(),
+    ) as process:
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                if line.startswith("edgelora "):
+                    share, _, text = line.removeprefix("edgelora ").strip().partition(" ")
+                    progress(float(share), text)
+                elif line.strip():
+                    tail.append(line.strip())
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+    if code < 0:
+        raise ModelError(
+            f"ExecuTorch's exporter was ended by {signal.Signals(-code).name} on {model.name}",
+            "this is usually too little memory: close other programs",
+        )
+    if code:
+        raise ModelError(
+            f"ExecuTorch cannot export {model.name}: {tail[-1][:400] if tail else 'it printed nothing'}", "export it as gguf instead"
+        )
