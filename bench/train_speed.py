@@ -82,12 +82,13 @@ def rows_of(count: int, tokens: int, vocabulary: int) -> list[Encoded]:
     return [Encoded(tuple(chance.randrange(vocabulary) for _ in range(tokens)), (True,) * tokens) for _ in range(count)]
 
 
-def ours(shape: str, batch: int, tokens: int, steps: int, warmup: int, folder: Path) -> dict[str, Any]:
-    """The product's own trainer; its callback reads the clock after every step."""
+def ours(shape: str, batch: int, tokens: int, steps: int, warmup: int, folder: Path, *, divide: bool = False) -> dict[str, Any]:
+    """The product's own trainer; its callback reads the clock after every step. `divide`: the base among all processes."""
     from transformers import TrainerCallback
 
     train = recipes.Train(batch=batch, accumulate=1, max_tokens=tokens, epochs=1.0, patience=0, dtype="bf16")
     recipe = recipes.Recipe(name="bench", base="random", data=recipes.Data(train="random"), train=train)
+    torch.manual_seed(0)  # of several processes each makes the same base
     model = adapter.attach(build(shape), train)
     rows = rows_of(batch * (steps + warmup), tokens, SHAPES[shape]["vocab_size"])
     times: list[float] = []
@@ -106,8 +107,9 @@ def ours(shape: str, batch: int, tokens: int, steps: int, warmup: int, folder: P
             control.should_evaluate = control.should_save = False
 
     trainer = finetune.make_trainer(
-        recipe, model, rows, rows[:1], folder, torch.bfloat16, callbacks=[loop.Watch(lambda share, text: None, batch * tokens), Clock()]
-    )
+        recipe, model, rows, rows[:1], folder, torch.bfloat16, divide=divide,
+        callbacks=[loop.Watch(lambda share, text: None, batch * tokens), Clock()],
+    )  # fmt: skip
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.load_best_model_at_end = False
     trainer.train()
@@ -116,6 +118,7 @@ def ours(shape: str, batch: int, tokens: int, steps: int, warmup: int, folder: P
         "tok_per_s": statistics.median(rates),
         "tok_per_s_thirds": rates,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+        "held_bytes": trainer.shards.held_bytes if trainer.shards else None,
         "rows_at_once": trainer.division.rows,
         "recomputed_layers": trainer.recomputed,
         "kernels": trainer.obstacle or "fused",

@@ -40,27 +40,27 @@ class Result:
     document: dict[str, Any]
 
 
-def run(recipe: recipes.Recipe, progress: Progress) -> Result:
+def run(recipe: recipes.Recipe, progress: Progress, gpus: int = 1) -> Result:
     """Everything, once. Raises before the first second of training when a later stage cannot work here."""
     with artifact.locked(recipe.out_dir):
-        base, dataset = _ready(recipe)
+        base, dataset = _ready(recipe, gpus)
         return _stages(recipe, base, dataset, recipe.out_dir, progress)
 
 
-def prepare(recipe: recipes.Recipe) -> None:
-    """What `run` does before it trains, for whoever trains elsewhere first."""
+def prepare(recipe: recipes.Recipe, gpus: int) -> None:
+    """What `run` does before it trains, for whoever trains elsewhere first, on that many GPUs."""
     with artifact.locked(recipe.out_dir):
-        _ready(recipe)
+        _ready(recipe, gpus)
 
 
-def _ready(recipe: recipes.Recipe) -> tuple[models.Base, Dataset]:
+def _ready(recipe: recipes.Recipe, gpus: int) -> tuple[models.Base, Dataset]:
     from edgelora import preflight
 
     dataset = split.load(recipe)
     roofline.chosen(roofline.load(), recipe.bench.estimate)  # an unknown device is told now, not after the training
     preflight.packages(recipe)
     base = models.open_base(recipe.base, recipe.folder, recipe.out_dir)
-    preflight.resources(recipe, base, dataset)
+    preflight.resources(recipe, base, dataset, gpus)
     return base, dataset
 
 

@@ -9,7 +9,7 @@ from edgelora import machine, models, outline
 from edgelora import recipe as recipes
 from edgelora.data import lengths, split
 from edgelora.export import remarks, sizes
-from edgelora.train import adapter, estimate
+from edgelora.train import adapter, estimate, room
 
 
 def plan(recipe: recipes.Recipe, gpus: int = 1) -> dict[str, Any]:
@@ -21,6 +21,7 @@ def plan(recipe: recipes.Recipe, gpus: int = 1) -> dict[str, Any]:
     found = lengths.of(recipe, base, dataset)
     trained = adapter.parameters(base.shapes, recipe.train)
     device = replace(estimate.here(recipe.train.dtype, recipe.threads), processes=gpus)
+    device = room.chosen(base, recipe.train, found.train, device)
     predicted = estimate.training(base, recipe.train, found.train, device, found.valid)
     return {
         "name": recipe.name,
@@ -36,6 +37,7 @@ def plan(recipe: recipes.Recipe, gpus: int = 1) -> dict[str, Any]:
         "trained_share": trained / base.parameters,
         "training": predicted.figures(),
         "fits": predicted.fits,
+        "divided": device.processes if device.shard else 1,
         "full_finetune_bytes": estimate.full_finetune_bytes(base.parameters),
         "available_memory_bytes": machine.available_memory_bytes(),
         "files": [sizes.predict(base, section, recipe.name, trained) for section in recipe.exports],
@@ -66,7 +68,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"base: {found['base']}, {found['total_parameters']:,} parameters; {found['trained_parameters']:,} trained ({found['trained_share']:.2%})",
         f"training: about {training['seconds']:.0f} s and {estimate.peak_bytes(training) / 1e9:.1f} GB of memory (predicted), "
         f"{found['available_memory_bytes'] / 1e9:.1f} GB free{'' if found['fits'] else ': it does not fit'}; "
-        f"full fine-tuning would hold {found['full_finetune_bytes'] / 1e9:.1f} GB",
+        + (f"the base divided among {found['divided']} GPUs; " if found["divided"] > 1 else "")
+        + f"full fine-tuning would hold {found['full_finetune_bytes'] / 1e9:.1f} GB",
         *(line for row in found["files"] for line in file_lines(row)),
         f"results: {found['out']}",
     ]

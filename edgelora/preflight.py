@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def packages(recipe: recipes.Recipe) -> None:
     _raise(problems)
 
 
-def resources(recipe: recipes.Recipe, base: models.Base, dataset: Dataset) -> None:
-    """Architecture, memory, disk, chat template and token parity, once the base is on this disk."""
+def resources(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, gpus: int = 1) -> None:
+    """Architecture, memory (of each of `gpus`), disk, chat template and token parity, once the base is on this disk."""
     problems: list[EdgeloraError] = []
     for section in recipe.exports:
         _attempt(problems, partial(_exportable, section, base, recipe.name))
@@ -48,7 +49,7 @@ def resources(recipe: recipes.Recipe, base: models.Base, dataset: Dataset) -> No
     tokenizer = models.open_tokenizer(base.folder)
     rows = _attempt(problems, lambda: [ids for _, ids in chat.encode_all(tokenizer, dataset.train, recipe.train.max_tokens)])
     if rows:
-        _attempt(problems, lambda: _memory(recipe, shape, [len(row.ids) for row in rows]))
+        _attempt(problems, lambda: _memory(recipe, shape, [len(row.ids) for row in rows], gpus))
     _attempt(problems, lambda: _disk(recipe, shape, trained))
     if base.gguf is not None:
         text = "\n".join(row.question + "\n" + row.answer for row in dataset.train)[:_PARITY_CHARACTERS]
@@ -94,10 +95,11 @@ def _exportable(section: recipes.Export, base: models.Base, name: str) -> None:
         )
 
 
-def _memory(recipe: recipes.Recipe, base: Outline, lengths: list[int]) -> None:
+def _memory(recipe: recipes.Recipe, base: Outline, lengths: list[int], gpus: int) -> None:
     from edgelora.train import estimate, room
 
-    room.require(base, recipe.train, lengths, estimate.here(recipe.train.dtype, recipe.threads))
+    device = replace(estimate.here(recipe.train.dtype, recipe.threads), processes=gpus)
+    room.require(base, recipe.train, lengths, room.chosen(base, recipe.train, lengths, device))
 
 
 def _disk(recipe: recipes.Recipe, base: Outline, trained: int) -> None:

@@ -49,8 +49,8 @@ def joined() -> Iterator[None]:
     """
     if split := next((name for variable, name in _ELSEWHERE.items() if os.environ.get(variable, "false").lower() == "true"), None):
         raise Unsupported(
-            f"training under {split}: layers here read the whole base, which it splits",
-            "launch without it: every GPU then holds the whole base (70B in 4 bits fit one of 80 GB)",
+            f"training under {split}: edgelora divides the base itself (by FSDP 2), and leaves the adapter whole",
+            "launch without it; train.shard says when the base is divided",
         )
     if count() == 1:
         yield

@@ -105,6 +105,7 @@ class Train:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the arithmetic
     patience: int = 2  # epochs without a better `valid` loss before stopping; 0: never
     checkpointing: bool = False  # recompute activations: less memory, more time
+    shard: Literal["auto", "always", "never"] = "auto"  # divide the base among several GPUs (FSDP). auto: when one cannot hold it all
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,27 @@ def test_less_memory_by_every_way_to_save_it() -> None:
     assert peak(H100, dropout=0.1, method="lora") > peak(H100, dropout=0.1)
 
 
+def test_a_base_is_divided_where_one_gpu_cannot_train_it() -> None:
+    """70B: 72.8 GB in 4 bits with what training needs, 35 GB of it the base."""
+    base, train, rows = outline.published("meta-llama/Llama-2-70b-hf"), recipes.Train(batch=4, accumulate=1), [512] * 80
+    four = dataclasses.replace(H100, processes=4)
+    small = dataclasses.replace(four, memory_bytes=24e9)
+    never, always = (dataclasses.replace(train, shard=shard) for shard in ("never", "always"))
+    assert [room.chosen(base, train, rows, device).shard for device in (four, small)] == [False, True]
+    assert [room.chosen(base, wish, rows, four).shard for wish in (never, always)] == [False, True]
+    assert room.chosen(base, never, rows, small) == small
+    with pytest.raises(EdgeloraError, match=r"needs about .* of memory on each of 4 devices \(an estimate\), 24\.00 GB are free"):
+        room.require(base, train, rows, small)
+    divided = dataclasses.replace(small, shard=True)
+    found = room.require(base, train, rows, divided)
+    assert found.parts["base"] == pytest.approx(0.25 * 34.2e9 + 2.1e9, rel=0.01)  # a quarter of the 4 bits; scales, embedding and head
+    assert room.place(dataclasses.replace(found, device=four)) == load.own_device()
+    with pytest.raises(EdgeloraError, match="1 processes load the base in 36"):  # in the machine's memory, where no GPU holds it whole
+        room.place(dataclasses.replace(found, loaded_bytes=36e12))
+    with pytest.raises(UsageError, match=r"train\.shard: always divides the base among several processes, and this is one"):
+        room.chosen(base, always, rows, H100)
+
+
 @pytest.mark.parametrize(
     ("change", "memory", "kind", "advice"),
     [

@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from edgelora import processes
-from edgelora.errors import Unsupported
+from edgelora.errors import EdgeloraError, Unsupported
+from edgelora.train import shards
 from tests.line import ROOT, Done, command, edgelora, start, write_recipe
 from tests.test_robustness import wait_for
 
@@ -74,17 +75,33 @@ def test_two_processes_train_what_one_trains(folder: Path, one: Any) -> None:
     assert_same(made, one, folder)
 
 
+@pytest.mark.slow
+def test_a_divided_base_trains_the_same(folder: Path, one: Any) -> None:
+    made = launched(folder, *OPTIONS, "--set=train.shard=always", "--out", "divided").document
+    assert made["divided"] == {"whole_bytes": 46_080, "held_bytes": 23_040}  # half a byte a weight of the linear layers
+    assert made["notes"] == ["the base is divided among 2 processes (FSDP): train.shard: always"]
+    assert_same(made, one, folder)
+
+
+def test_a_part_that_is_the_whole_is_an_error() -> None:
+    said = "46,080 bytes of frozen weights were divided among 1 processes, 23,040 for each, but they hold 46,080"
+    with pytest.raises(EdgeloraError, match=said):
+        shards.check(shards.Shards(46_080, 46_080), 23_040)
+    with pytest.raises(EdgeloraError, match="but they hold 23,040"):
+        shards.check(shards.Shards(46_080, 23_040), 23_040)
+
+
 def workers(command: int) -> list[psutil.Process]:
     return [child for child in psutil.Process(command).children() if "edgelora.cli" in child.cmdline()]
 
 
 @pytest.mark.slow
 def test_one_that_is_killed_stops_all_and_any_number_goes_on(folder: Path, one: Any, tmp_path: Path) -> None:
-    """First one of the two is killed, then what started them; then a single process goes on to the end."""
+    """First one of two that hold the base together is killed, then what started two that hold it each; then a single process goes on."""
     out = folder / "killed"
     line = ("finetune", "tiny.yaml", *OPTIONS, "--out", "killed", "--gpus", 2)
-    for epochs, launcher in ((4, False), (8, True)):
-        going = start(*line, cwd=folder, said=tmp_path, gpus=2)
+    for epochs, launcher, shard in ((4, False, "always"), (8, True, "never")):
+        going = start(*line, f"--set=train.shard={shard}", cwd=folder, said=tmp_path, gpus=2)
         assert going.pid is not None
         wait_for(lambda epochs=epochs: list(out.glob(f".adapter-*.partial/checkpoints/checkpoint-{3 * epochs}/complete")))  # type: ignore[misc]
         working = workers(going.pid)
@@ -123,9 +140,9 @@ def test_as_many_gpus_as_there_are(folder: Path) -> None:
         assert done.err.startswith("error: --gpus 64: this machine has ")
 
 
-def test_a_split_base_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_divides_the_model_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(Unsupported, match="training under FSDP: layers here read the whole base, which it splits"), processes.joined():
+    with pytest.raises(Unsupported, match="training under FSDP: edgelora divides the base itself"), processes.joined():
         pass
 
 

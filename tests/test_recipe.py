@@ -36,7 +36,7 @@ def test_all_problems_in_one_message() -> None:
         "the recipe has 4 problems:\n"
         "  bas: unknown key; did you mean 'base'?\n"
         "  train.lerning_rate: unknown key; known keys: method, variant, r, alpha, dropout, targets, lr, lora_plus, schedule, warmup, epochs, batch, "
-        "accumulate, max_tokens, dtype, patience, checkpointing\n"
+        "accumulate, max_tokens, dtype, patience, checkpointing, shard\n"
         "  train.epoch: unknown key; did you mean 'epochs'?\n"
         "  train.r: 'many' is not a whole number"
     )

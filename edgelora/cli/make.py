@@ -83,10 +83,10 @@ def run(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None
     calm_libraries()
     if gpus > 1:
         processes.check_gpus(gpus)
-        pipeline.prepare(loaded)
+        pipeline.prepare(loaded, gpus)
         _train_on(gpus, echo, recipe, overrides, out, silent=True)
     with echo.progress() as progress:
-        result = pipeline.run(loaded, progress)
+        result = pipeline.run(loaded, progress, gpus)
     echo.result(
         result.document, *lines.summary(result.document), f"report: {result.report}", *(f"file:   {path}" for path in result.exports)
     )
@@ -107,7 +107,7 @@ def finetune(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path |
     """Train a LoRA adapter on a base held in 4-bit NF4 (QLoRA) or in 16 bits (LoRA).
 
     Several GPUs share the rows before each update (train.batch x train.accumulate): the adapter is the one that a single GPU trains.
-    --gpus starts a process a GPU through accelerate launch.
+    --gpus starts a process a GPU through accelerate launch; a base that one cannot hold is divided among them (train.shard).
 
     \b
     Example:  edgelora finetune quickstart --set train.epochs=1 --out runs/try

@@ -23,7 +23,8 @@ from edgelora.outline import Outline
 from edgelora.train import adapter, fit
 from edgelora.train.dealing import Division, deal, rounded_up
 
-NF4 = 0.5 + 1 / 64 + 4 / 16384  # bytes a weight: 4 bits, a byte a block of 64, 4 bytes every 256 blocks (double quantization)
+_SCALES = 1 / 64 + 4 / 16384  # bytes a weight: a byte a block of 64, 4 bytes every 256 blocks (double quantization)
+NF4 = 0.5 + _SCALES
 CONTEXT_BYTES = 0.6e9  # what CUDA and its libraries take of a GPU beside torch's own memory
 _PIECE = {"cuda": 1 << 28, "cpu": 1 << 23}  # logits at once: loss._PIECE
 _LIBRARIES = {"cuda": 0.15e9, "cpu": 0.57e9}  # cuBLAS's workspaces; a CPU's process before it loads the base
@@ -63,6 +64,7 @@ class Device:
     bf16: bool = True
     attention: Literal["cuDNN", "flash", "blocks"] = "flash"  # what computes it: `attention.kernel`
     processes: int = 1  # that share the rows of an update, each on a device of its own like this one
+    shard: bool = False  # and the base
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Estimate:
     start_s: float  # loading
     valid_s: float  # the losses that choose an epoch
     least_bytes: float = 0.0  # below which `fit.cut` would not even try
+    loaded_bytes: float = 0.0  # the whole base, however it is divided afterwards
 
     @property
     def peak_bytes(self) -> float:
@@ -136,6 +139,7 @@ def training(outline: Outline, train: recipes.Train, lengths: Sequence[int], dev
         start_s=_START_S + 2 * outline.parameters / _READ_BYTES_PER_S,
         valid_s=step_s * valid_tokens / (tokens / len(lengths) * together) / 3 * math.ceil(train.epochs),
         least_bytes=job.least(max(lengths)),
+        loaded_bytes=job.loaded,
     )
 
 
@@ -169,9 +173,28 @@ class _Job:
 
     @property
     def held(self) -> float:
+        """Bytes of the base, or of this process's part of it and what stays whole."""
+        return self.loaded - (self._divided * (1 - 1 / self.device.processes) if self.device.shard else 0.0)
+
+    @property
+    def loaded(self) -> float:
         """Bytes of the base as it is loaded."""
         rest = self.outline.parameters - self.shape.linear
-        return self.shape.linear * (NF4 if self.train.method == "qlora" else self.size) + rest * self.size
+        return self._divided + self.shape.linear * (_SCALES if self.train.method == "qlora" else 0.0) + rest * self.size
+
+    @property
+    def _divided(self) -> float:
+        """Bytes of what `shards` divides."""
+        return self.shape.linear * (0.5 if self.train.method == "qlora" else self.size)
+
+    @property
+    def gathered(self) -> float:
+        """Bytes of a divided base that are whole at once."""
+        return fit.GATHERED * self._divided / self.shape.layers if self.device.shard else 0.0
+
+    @property
+    def kept_free(self) -> float:
+        return fit.reserved(self._divided, self.shape.layers, self.trained) if self.device.shard else 0.0
 
     @property
     def held_as_stored(self) -> float:
@@ -184,11 +207,13 @@ class _Job:
         train, layers = self.train, self.shape.layers
         if self.why is not None or self.device.kind == "cpu":
             division = Division.of(train.batch, train.accumulate, self.device.processes)
-            return fit.Cut(division, keep=self.why is None, recompute=layers if train.checkpointing else 0)
+            return fit.Cut(division, keep=self.why is None and not self.device.shard, recompute=layers if train.checkpointing else 0)
         free = self.device.memory_bytes - CONTEXT_BYTES - self.held - 4 * self.trained
         together, processes = train.batch * train.accumulate, self.device.processes
         try:
-            return fit.cut(self.shape, lengths[:_SAMPLE], together, processes, free, recompute=train.checkpointing)
+            return fit.cut(
+                self.shape, lengths[:_SAMPLE], together, processes, free, recompute=train.checkpointing, kept_free=self.kept_free
+            )
         except EdgeloraError:
             return fit.Cut(Division(together, 1, processes), keep=False, recompute=layers)
 
@@ -196,7 +221,7 @@ class _Job:
         """What a GPU has to have for the layers to be replaced at all; nothing is asked of one where they are not."""
         if self.why is not None or self.device.kind == "cpu":
             return 0.0
-        return CONTEXT_BYTES + self.held + 4 * self.trained + fit.least_free(self.shape, longest)
+        return CONTEXT_BYTES + self.held + 4 * self.trained + fit.least_free(self.shape, longest, self.kept_free)
 
     def memory(self, cut: fit.Cut, tokens: int, longest: int, *, recorded: bool) -> dict[str, float]:
         """Bytes at the worst moment, `tokens` being those of the largest batch."""
@@ -221,6 +246,7 @@ class _Job:
         return {
             "libraries": _LIBRARIES[self.device.kind],
             "base": self.held,
+            **({"gathered": self.gathered} if self.device.shard else {}),
             **({"mapped": 2.0 * self.outline.parameters - self.held_as_stored} if cpu else {}),
             "written_out": written,
             # fp32 weight, gradient, two moments; a copy of gradients while recording; two while they are added up

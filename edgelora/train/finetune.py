@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def finetune(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: P
     the first one writes.
     """
     section = {
-        "train": recipes.as_dict(recipe.train),
+        "train": {key: value for key, value in recipes.as_dict(recipe.train).items() if key != "shard"},  # which changes no adapter
         "seed": recipe.seed,
         "system": recipe.data.system,
         "base": models.shown(recipe.base),
@@ -87,15 +88,22 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
     tokens = sum(len(row.ids) for row in rows)
     valid_tokens = sum(len(row.ids) for row in valid)
     shape, device = outline.of(str(base.folder), Path()), estimate.here(train.dtype, torch.get_num_threads())
-    predicted = room.require(shape, train, [len(row.ids) for row in rows], device, valid_tokens)
+    lengths = [len(row.ids) for row in rows]
+    device = replace(device, shard=processes.told(room.chosen(shape, train, lengths, device).shard))
+    predicted = room.require(shape, train, lengths, device, valid_tokens)
+    if device.shard:
+        why = "one alone cannot hold it all" if train.shard == "auto" else f"train.shard: {train.shard}"
+        notes.append(f"the base is divided among {device.processes} processes (FSDP): {why}")
+        progress(0.0, notes[-1])
 
     started = time.monotonic()
     set_seed(recipe.seed)
     attention.register()
-    model = adapter.attach(load.load_base(base.folder, train.method, dtype, attention.NAME), train, base.start)
+    place = room.place(predicted) if device.shard else load.own_device()
+    model = adapter.attach(load.load_base(base.folder, train.method, dtype, attention.NAME, place), train, base.start)
     watch = loop.Watch(progress, tokens)
     trainer = make_trainer(
-        recipe, model, rows, valid, folder / _CHECKPOINTS, dtype,
+        recipe, model, rows, valid, folder / _CHECKPOINTS, dtype, divide=device.shard,
         callbacks=[watch, *([EarlyStoppingCallback(train.patience)] if train.patience else [])],
     )  # fmt: skip
     if processes.index():
@@ -133,6 +141,7 @@ def _train(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, folder: 
         "kernels": "plain: " + str(trainer.obstacle) if trainer.obstacle else "fused",
         "attention": attention.kernel(dtype),
         "processes": processes.count(),
+        **({"divided": {"whole_bytes": trainer.shards.whole_bytes, "held_bytes": trainer.shards.held_bytes}} if trainer.shards else {}),
         "rows_at_once": trainer.division.rows,
         "recomputed_layers": trainer.recomputed,
         "trained_parameters": trained,
@@ -164,15 +173,16 @@ def make_trainer(
     folder: Path,
     dtype: Any,
     *,
+    divide: bool = False,
     callbacks: Sequence[Any] = (),
 ) -> loop.AnswerTrainer:
-    """The trainer of a peft model: how much at once, which layers, which arithmetic are decided here.
+    """The trainer of a peft model: how much at once, which layers, which arithmetic are decided here; `divide`: the base among processes.
 
     Where the layers can be replaced by `layer.Layer` they are; else transformers' and peft's own run, in bf16 or fp16 under autocast.
     """
     import torch
 
-    from edgelora.train import dealing, layer, loop, packing
+    from edgelora.train import dealing, layer, loop, packing, shards
 
     train, cuda = recipe.train, load.device() == "cuda"
     lengths = [len(row.ids) for row in rows]
@@ -185,13 +195,16 @@ def make_trainer(
             "raise train.batch, or take fewer GPUs",
         )
     division = dealing.Division.of(train.batch, train.accumulate, processes.count())
-    cut = fit.Cut(division, keep=True, recompute=model.config.num_hidden_layers if train.checkpointing else 0)
+    parts = shards.shard(model) if divide else None
+    cut = fit.Cut(division, keep=not divide, recompute=model.config.num_hidden_layers if train.checkpointing else 0)
     layers = None
     if obstacle is None:
         if cuda:
             torch.cuda.empty_cache()
             free = min(processes.all_of(torch.cuda.mem_get_info()[0]))
-            cut = fit.cut(layer.shape(model), lengths, together, processes.count(), free, recompute=train.checkpointing)
+            shape, trained = layer.shape(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+            reserved = fit.reserved(parts.whole_bytes, shape.layers, trained) if parts else 0.0
+            cut = fit.cut(shape, lengths, together, processes.count(), free, recompute=train.checkpointing, kept_free=reserved)
         layers = layer.replace(model, dtype, keep=cut.keep, recompute=cut.recompute)
     elif train.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -210,7 +223,7 @@ def make_trainer(
         recorded=recorded,
         callbacks=list(callbacks),
     )
-    made.obstacle, made.recomputed = obstacle, cut.recompute
+    made.obstacle, made.recomputed, made.shards = obstacle, cut.recompute, parts
     _quiet(made)
     return made
 

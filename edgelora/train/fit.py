@@ -11,6 +11,7 @@ from edgelora.train.dealing import Division, deal, rounded_up
 KINDS = ("llama", "mistral", "qwen2", "smollm3")  # model types whose layers are what `layer.Layer` computes
 _SHARE = 0.85  # of the free memory that is planned with
 _HEAD_BYTES = 1.2e9  # logits of one piece and what the loss makes of them
+GATHERED = 4  # layers of a divided base that are whole at once: one that runs, the next, and the buffers through which each of them came
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,21 @@ class Cut:
         return self.division.steps
 
 
-def cut(shape: Shape, lengths: Sequence[int], together: int, processes: int, free: float, *, recompute: bool = False) -> Cut:
+def cut(
+    shape: Shape, lengths: Sequence[int], together: int, processes: int, free: float, *, recompute: bool = False, kept_free: float = 0.0
+) -> Cut:
     """The fastest way to train on `together` rows before each update: as many at once as fit, before anything is recomputed.
 
-    `free` is the memory (bytes) left beside the base as loaded, on the GPU that has least. EdgeloraError when not even one row at a
-    time fits.
+    `free` is the memory (bytes) left beside the base as loaded, on the GPU that has least. Of it a divided base, which is never written
+    out, has `kept_free` for itself (0: it is not divided). EdgeloraError when not even one row at a time fits.
     """
     share = -(-together // processes)
     divisions = [
         Division(together, rows, processes) for rows in sorted({-(-share // steps) for steps in range(1, share + 1)}, reverse=True)
     ]
     written = 2.0 * shape.linear
-    budget = free * _SHARE - _HEAD_BYTES
-    for keep in (True, False):
+    budget = free * _SHARE - _HEAD_BYTES - kept_free
+    for keep in (False,) if kept_free else (True, False):
         for division in divisions:
             most = rounded_up(
                 max(sum(lengths[i] for i in batch) for rows in deal(lengths, together) for batch in division.batches(lengths, rows))
@@ -86,10 +89,17 @@ def cut(shape: Shape, lengths: Sequence[int], together: int, processes: int, fre
     return Cut(divisions[-1], False, layers)
 
 
-def least_free(shape: Shape, longest: int) -> float:
+def reserved(linear_bytes: float, layers: int, trained: int) -> float:
+    """Bytes that a divided base will take while training: layers that are whole; of the adapter gradients, two moments, and two copies of
+    the gradients while they are added up. On a card that cannot hold a base the adapter is no small thing either.
+    """
+    return GATHERED * linear_bytes / layers + 20.0 * trained
+
+
+def least_free(shape: Shape, longest: int, kept_free: float = 0.0) -> float:
     """The memory (bytes) below which `cut` fits not even one row of `longest` tokens: weights in 4 bits, every layer recomputed."""
     row = rounded_up(longest) * (shape.passing_bytes + (8 + 2 * shape.layers) * shape.hidden)
-    return (row + 2.0 * shape.linear / shape.layers + _HEAD_BYTES) / _SHARE
+    return (row + 2.0 * shape.linear / shape.layers + _HEAD_BYTES + kept_free) / _SHARE
 
 
 def _recomputed(shape: Shape, tokens: int, room: float) -> int:

@@ -46,11 +46,12 @@ def arithmetic(wish: str) -> Any:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wish]
 
 
-def load_base(folder: Path, method: Method, dtype: Any, attention: str = "sdpa") -> Any:
-    """A base on this machine's device, ready for an adapter. `qlora`: NF4 with double quantization (Dettmers et al. 2023)."""
+def load_base(folder: Path, method: Method, dtype: Any, attention: str = "sdpa", place: str | None = None) -> Any:
+    """A base on this process's device, or in `place`, ready for an adapter. `qlora`: NF4 with double quantization (Dettmers et al. 2023)."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": own_device()}, "local_files_only": True, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": place or own_device()}, "local_files_only": True}
+    options["attn_implementation"] = attention
     if method == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

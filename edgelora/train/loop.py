@@ -21,6 +21,7 @@ from edgelora.train.dealing import Division, deal
 from edgelora.train.layer import Layers
 from edgelora.train.loss import SummedLoss
 from edgelora.train.packing import Collator, Documents, Sampler
+from edgelora.train.shards import Shards
 
 _SAVE_EVERY_S = 600
 _LOG_EVERY_S = 1.0  # where not every step is logged: reading a loss waits for the GPU, which then waits for the next step
@@ -42,6 +43,7 @@ class AnswerTrainer(Trainer):
 
     obstacle: str | None = None  # why the layers are transformers' own
     recomputed = 0  # layers
+    shards: Shards | None = None  # the base's, where processes hold it together
 
     def __init__(
         self,
@@ -125,6 +127,7 @@ class AnswerTrainer(Trainer):
         sums = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad(), self.compute_loss_context_manager():
             batches = deal([len(row.ids) for row in rows], self.args.eval_batch_size)
+            batches += [[]] * (-len(batches) % self.args.world_size)  # all processes take as many: they may hold the base together
             for batch in batches[self.args.process_index :: self.args.world_size]:
                 inputs = self._prepare_inputs(self.collator([rows[i] for i in batch]))
                 loss = answer_loss(model, inputs, self.collator.longest)

@@ -147,11 +147,11 @@ class Projection:
                     continue
                 from bitsandbytes.functional import dequantize_4bit
 
-                weight = module.weight
-                if part.is_cuda and part.is_contiguous() and part.dtype == weight.quant_state.dtype:
-                    dequantize_4bit(weight.data, weight.quant_state, out=part)
+                weight, state = module.weight, _state(module)
+                if part.is_cuda and part.is_contiguous() and part.dtype == state.dtype:
+                    dequantize_4bit(weight.data, state, out=part)
                 else:
-                    part.copy_(dequantize_4bit(weight.data, weight.quant_state))
+                    part.copy_(dequantize_4bit(weight.data, state))
 
 
 class Scratch:
@@ -167,7 +167,12 @@ class Scratch:
 
 
 def _is_4bit(module: nn.Module) -> bool:
-    return hasattr(module.weight, "quant_state")
+    return _state(module) is not None
+
+
+def _state(module: nn.Module) -> Any:
+    """What the 4 bits of a weight mean, None for one in 16 or 32; a weight that is divided (`shards`) leaves it to its module."""
+    return getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

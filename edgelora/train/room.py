@@ -6,12 +6,43 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from edgelora import outline
+from edgelora import machine, outline, processes
 from edgelora import recipe as recipes
-from edgelora.errors import EdgeloraError
+from edgelora.errors import EdgeloraError, UsageError
 from edgelora.outline import Outline
 from edgelora.report.figures import size as shown
-from edgelora.train.estimate import Device, Estimate, training
+from edgelora.train import load
+from edgelora.train.estimate import CONTEXT_BYTES, Device, Estimate, training
+
+
+def chosen(base: Outline, train: recipes.Train, lengths: Sequence[int], device: Device) -> Device:
+    """`device`, with the base divided among its processes where `train.shard` says so: with `auto` where the training fits only then."""
+    if device.processes == 1:
+        if train.shard == "always":
+            raise UsageError(
+                "train.shard: always divides the base among several processes, and this is one", "add --gpus N, or write shard: auto"
+            )
+        return device
+    divided = dataclasses.replace(device, shard=True)
+    if train.shard == "auto":
+        return divided if not training(base, train, lengths, device).fits and training(base, train, lengths, divided).fits else device
+    return divided if train.shard == "always" else device
+
+
+def place(predicted: Estimate) -> str:
+    """Where a base that will be divided is loaded: on the GPU where it fits, else in the machine's memory, from where it goes over layer by layer.
+
+    EdgeloraError when all processes of this machine together do not find room for it there.
+    """
+    if predicted.loaded_bytes + CONTEXT_BYTES <= predicted.device.memory_bytes:
+        return load.own_device()
+    needed, free = processes.here() * predicted.loaded_bytes, machine.available_memory_bytes()
+    if needed > free:
+        raise EdgeloraError(
+            f"{processes.here()} processes load the base in {shown(needed)} of this machine's memory (an estimate), {shown(free)} are free",
+            "free memory, or take fewer GPUs",
+        )
+    return "cpu"
 
 
 def require(base: Outline, train: recipes.Train, lengths: Sequence[int], device: Device, valid_tokens: int = 0) -> Estimate:
@@ -19,8 +50,9 @@ def require(base: Outline, train: recipes.Train, lengths: Sequence[int], device:
     predicted = training(base, train, lengths, device, valid_tokens)
     if predicted.fits:
         return predicted
+    each = f" on each of {device.processes} devices" if device.processes > 1 else ""
     raise EdgeloraError(
-        f"training {base.name} needs about {shown(predicted.needed_bytes)} of memory (an estimate), {shown(device.memory_bytes)} are free",
+        f"training {base.name} needs about {shown(predicted.needed_bytes)} of memory{each} (an estimate), {shown(device.memory_bytes)} are free",
         would_fit(base, train, lengths, device),
     )
 
