@@ -29,7 +29,7 @@ _KEPT = {
     "losses": ("set", "file", "rows", "tokens", "after", "change_high"),
     "accuracy": ("set", "file", "rows", "after"),
     "bench": (
-        *("file", "runtime", "threads", "prompt_tokens", "decode_tokens", "workload", "ttft_ms", "decode_tok_per_s"),
+        *("file", "runtime", "device_class", "threads", "prompt_tokens", "decode_tokens", "workload", "ttft_ms", "decode_tok_per_s"),
         *("peak_rss_bytes", "samples_ms", "crowded", "noisy"),
     ),
 }

@@ -268,7 +268,7 @@ def _other_work(
     if metric.kind == "quality":
         other = [k for k in ("rows", "tokens") if row.get(k) != before.get(k)]
         return f"it was measured on other rows ({before.get(other[0])} {other[0]}, now {row.get(other[0])})" if other else ""
-    here, there = (str((d.get("machine") or {}).get("class")) for d in (document, baseline))
+    here, there = speeds.machine_class(row, document), speeds.machine_class(before, baseline)
     if here != there:
         return f"the baseline is of another machine ({there}, this is {here})"
     return speeds.other_work(row, before)

@@ -103,6 +103,11 @@ ENVIRONMENTS = {
         "npm",
         (("@huggingface/transformers@4.3.1", "playwright-core@1.65.1"),),
     ),
+    "arm64": Environment(
+        "llama.cpp built for arm64 and x86-64 from one release: tests and bench/arm64_logits.py run it through qemu-user",
+        "npm",
+        (("--force", "@node-llama-cpp/linux-arm64@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"),),  # npm: not for this processor
+    ),
 }
 
 

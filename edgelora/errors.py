@@ -9,6 +9,7 @@ EdgeloraError          3  the operation failed
 ├── VerifyError        3  an exported file differs from the model that was trained
 ├── ToolMissing        3  a package, compiler or program that this step needs is absent
 ├── DiskFull           3  the file system ran out of space
+├── DeviceError        3  a device is out of reach, or a program on it failed
 └── Unsupported        3  this runtime or format cannot do what was asked
 """
 
@@ -53,6 +54,10 @@ class ToolMissing(EdgeloraError):
 
 
 class DiskFull(EdgeloraError):
+    pass
+
+
+class DeviceError(EdgeloraError):
     pass
 
 

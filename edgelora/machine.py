@@ -144,7 +144,12 @@ def quota_waits_s() -> float:
 
 def cpu_features() -> list[str]:
     """Instruction sets of this processor that matter to low-bit models; empty where the system does not list them."""
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", _read("/proc/cpuinfo"), re.M)
+    return features_in(_read("/proc/cpuinfo"))
+
+
+def features_in(cpuinfo: str) -> list[str]:
+    """The same of the text of any machine's /proc/cpuinfo."""
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.M)
     found = set(match[1].split()) if match else set()
     return [name for name in _FEATURES if name in found] + (["neon"] if "asimd" in found else [])
 
@@ -214,12 +219,16 @@ def _gpus() -> tuple[tuple[str, int], ...]:
 
 
 def _cpu_name() -> str:
-    info = _read("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.+)$", info, re.M)
+    return cpu_name_in(_read("/proc/cpuinfo")) or platform.processor() or platform.machine()
+
+
+def cpu_name_in(cpuinfo: str) -> str:
+    """The processor that the text of a /proc/cpuinfo names; '' when it names none."""
+    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.M)
     if match:
         return match[1].strip()
-    part = re.search(r"^CPU implementer\s*:\s*(\S+)[\s\S]*?^CPU part\s*:\s*(\S+)", info, re.M)
-    return f"arm64 implementer {part[1]} part {part[2]}" if part else platform.processor() or platform.machine()
+    part = re.search(r"^CPU implementer\s*:\s*(\S+)[\s\S]*?^CPU part\s*:\s*(\S+)", cpuinfo, re.M)
+    return f"arm64 implementer {part[1]} part {part[2]}" if part else ""
 
 
 def _os_name() -> str:

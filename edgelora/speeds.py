@@ -14,7 +14,7 @@ from itertools import combinations
 from typing import Any
 
 ALPHA = 0.05  # how often two equal sets of samples may be called different; the change has to be larger than allowed besides
-WORK = ("runtime", "threads", "prompt_tokens", "decode_tokens", "workload")  # two rows with other values did other work
+WORK = ("runtime", "device_class", "threads", "prompt_tokens", "decode_tokens", "workload")  # two rows with other values did other work
 _FAST = 0.1  # share of the samples whose slowest stands for them all
 _ENUMERATED = 200_000  # ways to deal the samples; above it the normal approximation is exact enough
 
@@ -61,6 +61,11 @@ def other_work(row: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """What kept two bench rows from doing the same work; empty when nothing did."""
     differ = [k for k in WORK if row.get(k) != before.get(k)]
     return f"it did other work ({differ[0]} {before.get(differ[0])}, now {row.get(differ[0])})" if differ else ""
+
+
+def machine_class(row: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+    """The class of machines that a bench row was measured on: its device's, else the document's."""
+    return str(row.get("device_class") or (document.get("machine") or {}).get("class"))
 
 
 def repeats(row: Mapping[str, Any], name: str) -> list[float]:

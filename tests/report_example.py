@@ -127,6 +127,20 @@ def example() -> dict[str, Any]:
                 "samples_ms": {"ttft": [117.0, 118.4, 131.0], "decode": [15.1, 15.3, 15.6]},
             }
         ],
+        "devices": [
+            {
+                "name": "Acme One",
+                "class": "acme-one",
+                "cpu": "Acme A1",
+                "cores": 8,
+                "memory_bytes": 8_000_000_000,
+                "os": "Android 14 (API 34)",
+                "abi": "arm64, arm",
+                "emulated": False,
+                "before": {"governor": "schedutil", "temperature_c": 36.5, "thermal_status": "none", "clock_share": 1.0},
+                "after": {"governor": "schedutil", "temperature_c": 51.0, "thermal_status": "light", "clock_share": 0.8},
+            }
+        ],
         "estimates": [
             {
                 "file": GGUF,

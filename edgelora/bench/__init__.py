@@ -83,7 +83,7 @@ def bench_all(files: Sequence[tuple[Path, str]], settings: Bench, threads: int, 
     for number, (path, name) in enumerate(files):
         about = {"file": path.name, "runtime": name, "runtime_version": rounds[number][0].version, "threads": threads}
         for index in range(len(settings.prompt_tokens)):
-            row = _row(rounds[number], index, _size(path), max(ceilings), crowded, settled[number])
+            row = _row(rounds[number], index, size_bytes(path), max(ceilings), crowded, settled[number])
             rows.append({**about, **row, "load_average": load_average})
     return rows
 
@@ -138,5 +138,6 @@ def _row(rounds: Sequence[Round], index: int, size: int, bandwidth: float, crowd
     }
 
 
-def _size(path: Path) -> int:
+def size_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

@@ -15,7 +15,7 @@ from edgelora.runtime import Session
 
 WORKLOAD = 1  # of the text, the order and the warm-up below: rows of another number did other work
 _BANDWIDTH_BYTES = 256 << 20  # beyond every cache of today's edge processors
-_TEXT = (
+TEXT = (
     "A small model reads a prompt all at once and then writes its answer one token after the other. Reading is bound by "
     "arithmetic, since every weight that is fetched serves the whole prompt. Writing is bound by memory, since every token "
     "has to fetch all weights again. That is why a file of half the size answers almost twice as fast on the same phone. "
@@ -68,7 +68,7 @@ def measure(
 
 def prompt(session: Session, n: int) -> list[int]:
     """The first n ids of our paragraph, said as often as it takes."""
-    ids = session.tokenize(_TEXT)
+    ids = session.tokenize(TEXT)
     return (ids * (n // len(ids) + 1))[:n]
 
 

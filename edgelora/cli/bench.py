@@ -1,27 +1,42 @@
-"""The command that measures files on this machine, or estimates them on others."""
+"""The command that measures files on this machine and on devices within reach, or estimates them on others."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgelora.cli import lines
 from edgelora.cli.output import PATH, Output, Progress, command
-from edgelora.errors import UsageError
+from edgelora.errors import EdgeloraError, UsageError
+
+if TYPE_CHECKING:
+    from edgelora.device.bench import Elsewhere
+    from edgelora.recipe import Bench
+
+_HERE = "here"  # of --device: this machine
 
 
 @click.command()
 @click.argument("files", type=PATH, nargs=-1, required=True)
-@click.option("--threads", type=click.IntRange(1), help="Threads; default all cores.")
+@click.option("--threads", help="Threads, e.g. 4 or 1,2,4; default all cores, on another device 1, 2, 4, ... up to all.")
 @click.option("--prompt-tokens", help="Prompt lengths, e.g. 32,128.")
 @click.option("--repeats", type=click.IntRange(3), help="Repeats of every measurement.")
 @click.option(
     "--runtime", "runtimes", multiple=True, help="Runtime to measure in, or all that open the file; default the first. Repeatable."
 )
+@click.option(
+    "--device",
+    "targets",
+    multiple=True,
+    metavar="DEVICE",
+    help="Where to measure: here (the default), adb for every attached phone, adb:SERIAL, ssh:USER@HOST. Repeatable.",
+)
+@click.option("--runner", "programs", type=PATH, multiple=True, help="Program that runs the file on a device, or its folder. Repeatable.")
 @click.option("--rows", type=PATH, help="Rows (question, answer): the quality of the very files beside their speed.")
 @click.option("--reference", type=PATH, help="With --rows: the model to measure the divergence (KL) from, e.g. its 16-bit export.")
 @click.option("--most", type=click.IntRange(1), default=60, show_default=True, help="Rows read at most.")
@@ -32,10 +47,12 @@ from edgelora.errors import UsageError
 def bench(
     echo: Output,
     files: tuple[Path, ...],
-    threads: int | None,
+    threads: str | None,
     prompt_tokens: str | None,
     repeats: int | None,
     runtimes: tuple[str, ...],
+    targets: tuple[str, ...],
+    programs: tuple[Path, ...],
     rows: Path | None,
     reference: Path | None,
     most: int,
@@ -45,7 +62,8 @@ def bench(
 ) -> None:
     """Load time, time to first token, prefill and decode speed, memory, CPU time and share of the memory's bandwidth of exported files.
 
-    With --rows also their loss, answers and accuracy; with --estimate what other devices should reach, without measuring.
+    With --rows also their loss, answers and accuracy; with --device on a phone or another box; with --estimate what other
+    devices should reach, without measuring.
 
     \b
     Example:  edgelora bench a.gguf b.gguf --rows held-out.csv -o page
@@ -59,49 +77,91 @@ def bench(
         raise UsageError("--devices is a table for --estimate", "name the devices too, for instance --estimate all")
     if len({path.name for path in files}) < len(set(files)):
         raise UsageError("two files of the same name cannot be told apart in a report", "rename one of them")
+    here = not targets or _HERE in targets
+    failures: list[EdgeloraError] = []
     if estimate is not None:
-        if rows:
-            raise UsageError("--estimate runs no file, so it cannot score rows", "leave one of the two away")
+        if rows or targets:
+            raise UsageError("--estimate runs no file", f"leave --estimate or {'--rows' if rows else '--device'} away")
         found: dict[str, Any] = {"estimates": _estimates(files, estimate, devices, runtimes)}
         said = [lines.estimate(row) for row in found["estimates"]]
     else:
-        found, said = _measured(echo, files, threads or machine.cores(), prompt_tokens, repeats, runtimes, rows, reference, most)
-    found = {"machine": machine.describe(), **found} if estimate is None else found
+        away = _away(files, tuple(name for name in targets if name != _HERE), programs)
+        settings, counts = _settings(prompt_tokens, repeats), _counts(threads)
+        named = [(path, name) for path in files for name in _runtimes(path, runtimes)] if here else []
+        if runtimes and not here:
+            raise UsageError("--runtime chooses among the runtimes of this machine", "leave it away, or add --device here")
+        with echo.progress() as progress:
+            found = _quality(files, rows, reference, most, counts[-1] if counts else machine.cores(), progress) if rows else {}
+            timed = _here(named, settings, counts or (machine.cores(),), progress)
+            outcome = away.bench(settings, counts, lambda share, text: progress("devices", share, text))
+        failures = outcome.failures
+        said = [*map(lines.bench, timed), *map(lines.device_bench, outcome.rows), *map(lines.quality, found.get("losses", []))]
+        said += [*map(lines.divergence, found.get("divergence", [])), *map(lines.accuracy, found.get("accuracy", []))]
+        found = {"bench": [*timed, *outcome.rows], **({"devices": outcome.devices} if outcome.devices else {}), **found}
+        found = {"machine": machine.describe(), **found} if here else found
+        if not found["bench"]:
+            raise _together(failures)
     if output is not None:
-        written = reports.write(_document(output.name, files, found, estimate is None), output)
+        written = reports.write(_document(output.name, files, found, estimate is None, here), output)
         said += [f"wrote {path}" for path in written.values()]
     echo.result(found, *said)
+    if failures:
+        raise _together(failures)
 
 
-def _measured(
-    echo: Output,
-    files: tuple[Path, ...],
-    threads: int,
-    prompt_tokens: str | None,
-    repeats: int | None,
-    runtimes: tuple[str, ...],
-    rows: Path | None,
-    reference: Path | None,
-    most: int,
-) -> tuple[dict[str, Any], list[str]]:
-    """Sections of the report by name, and lines for people."""
-    from edgelora import bench as benches
-    from edgelora import recipe as recipes
+def _away(files: tuple[Path, ...], names: tuple[str, ...], programs: tuple[Path, ...]) -> Elsewhere:
+    """Where to measure besides this machine; what cannot be found is an error before anything is measured."""
+    from edgelora import device
+    from edgelora.device import bench as benches
 
-    settings = recipes.Bench()
+    if programs and not names:
+        raise UsageError("--runner is a program for another device", "name the device too, for instance --device adb")
+    if names and not programs:
+        raise UsageError(
+            f"--device {names[0]} needs the program that runs the file there", "for instance --runner llama.cpp/build-android/bin"
+        )
+    return benches.Elsewhere(device.find(names), benches.jobs(files, programs) if names else [])
+
+
+def _together(failures: Sequence[EdgeloraError]) -> EdgeloraError:
+    """One error of all that went wrong."""
+    if len(failures) == 1:
+        return failures[0]
+    return EdgeloraError("; ".join(error.message for error in failures), "; ".join(dict.fromkeys(error.hint for error in failures)))
+
+
+def _settings(prompt_tokens: str | None, repeats: int | None) -> Bench:
+    from edgelora.recipe import Bench
+
+    settings = Bench()
     if prompt_tokens is not None:
-        if not all(n.strip().isdigit() and int(n) > 0 for n in prompt_tokens.split(",")):
-            raise UsageError(f"--prompt-tokens {prompt_tokens!r} are not counts above 0", "for instance --prompt-tokens 32,128")
-        settings = dataclasses.replace(settings, prompt_tokens=tuple(int(n) for n in prompt_tokens.split(",")))
-    if repeats:
-        settings = dataclasses.replace(settings, repeats=repeats)
-    named = [(path, name) for path in files for name in _runtimes(path, runtimes)]
-    with echo.progress() as progress:
-        found = _quality(files, rows, reference, most, threads, progress) if rows else {}
-        timed = benches.bench_all(named, settings, threads, lambda share, text: progress("bench", share, text))
-    said = [lines.bench(row) for row in timed] + [lines.quality(row) for row in found.get("losses", [])]
-    said += [lines.divergence(row) for row in found.get("divergence", [])] + [lines.accuracy(row) for row in found.get("accuracy", [])]
-    return {"bench": timed, **found}, said
+        settings = dataclasses.replace(settings, prompt_tokens=_numbers("--prompt-tokens", prompt_tokens, "32,128"))
+    return dataclasses.replace(settings, repeats=repeats) if repeats else settings
+
+
+def _counts(threads: str | None) -> tuple[int, ...]:
+    return _numbers("--threads", threads, "1,2,4") if threads is not None else ()
+
+
+def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
+    if not all(n.strip().isdigit() and int(n) > 0 for n in text.split(",")):
+        raise UsageError(f"{option} {text!r} are not counts above 0", f"for instance {option} {example}")
+    return tuple(dict.fromkeys(int(n) for n in text.split(",")))
+
+
+def _here(named: list[tuple[Path, str]], settings: Bench, counts: tuple[int, ...], progress: Progress) -> list[dict[str, Any]]:
+    """Rows of this machine, for each number of threads."""
+    from edgelora import bench as benches
+
+    rows = []
+    for number, threads in enumerate(counts if named else ()):
+        rows += benches.bench_all(
+            named,
+            settings,
+            threads,
+            lambda share, text, done=number: progress("bench", (done + share) / len(counts), text),  # type: ignore[misc]
+        )
+    return rows
 
 
 def _quality(
@@ -132,11 +192,11 @@ def _estimates(files: tuple[Path, ...], names: str, table: Path | None, runtimes
     return found
 
 
-def _document(name: str, files: tuple[Path, ...], found: dict[str, Any], measured: bool) -> dict[str, Any]:
+def _document(name: str, files: tuple[Path, ...], found: dict[str, Any], measured: bool, here: bool) -> dict[str, Any]:
     """The report of these files, with the command that repeats it: names only, no places on this machine."""
     from datetime import UTC, datetime
 
-    from edgelora import artifact, roofline
+    from edgelora import artifact, device, roofline
     from edgelora import report as reports
     from edgelora.runtime import runtime_of
 
@@ -145,26 +205,35 @@ def _document(name: str, files: tuple[Path, ...], found: dict[str, Any], measure
         "edgelora": artifact.versions_of()["edgelora"],
         "commands": [_repeat(click.get_current_context(), files)],
     }
-    if measured:
+    if measured and here:
         about |= {
             "machine": found["machine"],
             "versions": artifact.versions_of("llama-cpp-python", "onnxruntime", "onnxruntime-genai", "torch"),
         }
-    runtime = runtime_of if measured else roofline.runtime_for
+    runtime = (runtime_of if here else lambda path: device.runner_of(path).RUNTIME) if measured else roofline.runtime_for
     listed = [(path, runtime(path), artifact.sha256(path) if path.is_file() else None) for path in dict.fromkeys(files)]
     return reports.of_files(name or "bench", listed, about, {k: v for k, v in found.items() if k != "machine"})
 
 
 def _repeat(context: click.Context, files: tuple[Path, ...]) -> str:
-    """The command line, with every path cut to its last name."""
+    """The command line, with every path cut to its last name, and of devices how they are reached but not which ones they are."""
     words = ["edgelora", "bench", *(path.name for path in files)]
     for option in context.command.params:
         value = context.params.get(option.name or "")
         if not isinstance(option, click.Option) or option.name in ("output", "quiet", "as_json") or value == option.default or not value:
             continue
         for item in value if isinstance(value, tuple) else (value,):
-            words += [option.opts[-1], item.name if isinstance(item, Path) else str(item)]
+            words += [
+                option.opts[-1],
+                item.name if isinstance(item, Path) else _nameless(str(item)) if option.name == "targets" else str(item),
+            ]
     return shlex.join(words)
+
+
+def _nameless(target: str) -> str:
+    """A device without its serial, user or host."""
+    kind, found, _ = target.partition(":")
+    return f"{kind}:{'USER@HOST' if kind == 'ssh' else 'SERIAL'}" if found else target
 
 
 def _runtimes(path: Path, asked: tuple[str, ...]) -> tuple[str, ...]:

@@ -49,6 +49,19 @@ def bench(row: Any) -> str:
     )
 
 
+def device_bench(row: Any) -> str:
+    """A row that a runner on another device measured: only what it tells."""
+    threads = f"{row['threads']} thread{'' if row['threads'] == 1 else 's'}"
+    where = f"{row['file']}  {row['runtime']} on {row['device']}, {threads}, prompt {row['prompt_tokens']}: "
+    if row.get("emulated"):
+        return f"{where}it runs; EMULATED ({row['emulated_why']}), so no speed is shown"
+    peak = f", peak {row['peak_rss_bytes'] / 1e6:.0f} MB" if row.get("peak_rss_bytes") else ""
+    return (
+        f"{where}first token {row['ttft_ms']:.0f} ms, prefill {row['prefill_tok_per_s']:.0f} tok/s, decode {row['decode_tok_per_s']:.1f} tok/s"
+        f"{peak}" + (f"; doubtful: {row['noisy_why']}" if row["noisy"] else "")
+    )
+
+
 def quality(row: Any) -> str:
     after = row["after"]
     return (
@@ -89,4 +102,4 @@ def summary(document: Any) -> list[str]:
         )
     for row in document.get("accuracy", []):
         lines.append(f"{row['file']} on {row['set']} (n = {row['rows']}): accuracy {row['before']:.1%} -> {row['after']:.1%}")
-    return lines + [bench(row) for row in document.get("bench", [])]
+    return lines + [device_bench(row) if row.get("device") else bench(row) for row in document.get("bench", [])]

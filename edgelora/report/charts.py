@@ -218,7 +218,7 @@ def _quality_figure(points: Sequence[plot.Point], legend: Sequence[Markup]) -> M
 def _bench_labels(doc: Doc, rows: Sequence[Doc]) -> list[str]:
     """The file, and of runtime, prompt and threads what differs between rows."""
     names = short_names(doc)
-    differs = {key: len({row.get(key) for row in rows}) > 1 for key in ("prompt_tokens", "threads")}
+    differs = {key: len({row.get(key) for row in rows}) > 1 for key in ("prompt_tokens", "threads", "device")}
     runtimes = Counter(file for file, _ in {(row.get("file"), row.get("runtime")) for row in rows})
     labels = []
     for row in rows:
@@ -226,7 +226,8 @@ def _bench_labels(doc: Doc, rows: Sequence[Doc]) -> list[str]:
         runtime = fronts.short_runtime(row.get("runtime")) if runtimes[file] > 1 else None
         length = f"{prompt} tokens" if differs["prompt_tokens"] and f.known(prompt) else None
         workers = f"{threads} thread{'' if threads == 1 else 's'}" if differs["threads"] and f.known(threads) else None
-        labels.append(_listed(names.get(file, file), runtime, length, workers))
+        device = (row.get("device") or "this machine") if differs["device"] else None
+        labels.append(_listed(names.get(file, file), device, runtime, length, workers))
     return labels
 
 

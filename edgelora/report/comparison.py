@@ -52,7 +52,7 @@ def compare(docs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         row |= {name: [getattr(cell, attribute, None) for cell in cells] for name, attribute in _COLUMNS}
         row["verdicts"] = [
             # what ships is judged where it differs; elsewhere the file's own rows say the same
-            differences.verdict(key[3], cells[0], cell, (classes[0], classes[i]))
+            differences.verdict(key[3], cells[0], cell, (_class(cells[0], classes[0]), _class(cell, classes[i])))
             if i and (key[1] != SHIPPED or ways[i] != ways[0])
             else None
             for i, cell in enumerate(cells)
@@ -81,6 +81,11 @@ def over_commits(versions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         row.pop("verdicts")  # a series in time is no comparison with its first entry
         row.update({name: row[name][: len(versions)] for name, _ in _COLUMNS})
     return {**doc, "name": str(versions[-1].get("name") or "baseline"), "over": "commits"}
+
+
+def _class(cell: Cell | None, own: Any) -> Any:
+    """The class of machines that a figure was measured on: that of the row's device, else its report's own."""
+    return (cell.row or {}).get("device_class") or own if cell else own
 
 
 _COLUMNS = (("values", "value"), ("low", "low"), ("high", "high"), ("n", "n"))  # of a joined row, and the cell's attribute
@@ -187,14 +192,15 @@ def _rows_of(doc: Row, name: str, file: Row) -> list[Row]:
 def _shipping(doc: Row) -> tuple[Any, ...]:
     """What a report's first file is and how it was run."""
     file = next(iter(rows(doc, "files")), {})
-    ways = {(row.get("runtime"), row.get("threads")) for row in _rows_of(doc, "bench", file)}
+    ways = {(row.get("device"), row.get("runtime"), row.get("threads")) for row in _rows_of(doc, "bench", file)}
     return file.get("format"), file.get("type") or file.get("file"), frozenset(ways)
 
 
 def bench_words(row: Row) -> str:
-    """'llama.cpp, 1 thread, 128-token prompt'."""
+    """'llama.cpp, 1 thread, 128-token prompt', with the device where it was another one."""
     threads, prompt = row.get("threads"), row.get("prompt_tokens")
     parts = [
+        row.get("device") or row.get("device_class"),
         row.get("runtime"),
         f.known(threads) and f"{threads} thread{'' if threads == 1 else 's'}",
         f.known(prompt) and f"{prompt}-token prompt",

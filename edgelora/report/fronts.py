@@ -112,7 +112,7 @@ def speed_quality(doc: Doc, series: Mapping[Any, str], names: Mapping[Any, str])
     most = max(lengths.values())
     length = max(n for n, count in lengths.items() if count == most)
     rows = [row for row in rows if row.get("prompt_tokens") == length]
-    ways = {key: Counter(file for file, _ in {(row.get("file"), row.get(key)) for row in rows}) for key in ("runtime", "threads")}
+    ways = {key: Counter(file for file, _ in {(row.get("file"), row.get(key)) for row in rows}) for key in ("device", "runtime", "threads")}
     points = []
     for row in rows:
         file, speed = row.get("file"), row["decode_tok_per_s"]

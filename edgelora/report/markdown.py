@@ -32,7 +32,7 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
     blocks += [checks if failed or unjudged else ""]
     blocks += [_table(tables.files(doc)), _table(tables.losses(doc)), _table(tables.accuracy(doc))]
     blocks += [_folded("Checks", [checks]) if not (failed or unjudged) else ""]
-    blocks += [_folded("Speed and memory", [_table(tables.bench(doc)), _list(tables.disturbances(doc))])]
+    blocks += [_folded("Speed and memory", [_table(tables.bench(doc)), _list(tables.disturbances(doc)), _table(tables.devices(doc))])]
     blocks += [
         _folded(
             "Estimates for other devices (nothing here was measured)",

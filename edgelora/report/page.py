@@ -50,6 +50,7 @@ def _report(doc: Mapping[str, Any]) -> list[Markup]:
         _section("Loss before and after" if _has_before(doc) else "Loss", *_losses(doc)),
         _section("Labels", _table(tables.accuracy(doc)), _beside(confusion.drawing(doc), _table(confusion.mistakes(doc)))),
         _section(_speed_title(doc), charts.latency(doc), _table(tables.bench(doc)), _list(tables.disturbances(doc))),
+        _section("Devices", _table(tables.devices(doc))),
         _section("Estimates for other devices", *_estimates(doc)),
         _section("Answers side by side", *_answers(doc)),
         _section("Which merge was kept", *_merge(doc)),
@@ -159,6 +160,9 @@ def _has_before(doc: Mapping[str, Any]) -> bool:
 
 def _speed_title(doc: Mapping[str, Any]) -> str:
     machine = tables.section(doc, "machine").get("class")
+    elsewhere = [bool(row.get("device")) for row in tables.rows(doc, "bench")]
+    if any(elsewhere):
+        return "Speed on other devices" if all(elsewhere) else "Speed on this machine and on other devices"
     return f"Speed on this machine ({machine})" if machine else "Speed on this machine"
 
 

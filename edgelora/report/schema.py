@@ -29,6 +29,7 @@ MACHINE = {
     "gpu": str,
     "load_average": float,
 }
+_STATE = {"governor": str, "temperature_c": float, "thermal_status": str, "load_average": float, "clock_share": float}
 _MERGE = {  # measured on valid rows; kl: to the model as training left it
     "kept": str,
     "why": str,
@@ -154,6 +155,10 @@ REPORT: dict[str, Any] = {
         {
             "file": str,
             "runtime": str,
+            "device": str,  # another one than `machine`, and its class, as machines have them
+            "device_class": str,
+            "emulated": bool,  # it ran through an emulator: the row holds no time, speed or memory
+            "emulated_why": str,
             "threads": int,
             "prompt_tokens": int,
             "load_ms": float,
@@ -175,6 +180,12 @@ REPORT: dict[str, Any] = {
             "crowded": bool,  # by something outside: other programs, heat, a quota
             "noisy": bool,
             "noisy_why": str,
+        }
+    ],
+    "devices": [  # others than `machine` that rows of `bench` were measured on, and how they were at both ends
+        {
+            **{"name": str, "class": str, "cpu": str, "cpu_features": [str], "cores": int, "memory_bytes": int, "os": str, "abi": str},
+            **{"emulated": bool, "before": _STATE, "after": _STATE},
         }
     ],
     "estimates": [  # never measured: decode speeds that other devices should reach
@@ -218,6 +229,10 @@ COMPARISON: dict[str, Any] = {
     ],
     "notes": [str],
 }
+MEASURED = (  # of a row of `bench`: what depends on the device that ran it
+    *("load_ms", "ttft_ms", "prefill_tok_per_s", "decode_tok_per_s", "peak_rss_bytes", "prefill_cpu_s", "cpu_s_per_token"),
+    *("bandwidth_gb_per_s", "bandwidth_share", "samples_ms"),
+)
 _REQUIRED = ("schema", "name")
 _NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
@@ -235,6 +250,7 @@ def validate(doc: Any, source: str) -> None:
         raise ModelError(f"{source} has schema {_shown(doc.get('schema'))}, this edgelora reads schema {SCHEMA}", hint)
     problems = [f"{key}: missing" for key in _REQUIRED if doc.get(key) is None]
     problems += _problems(COMPARISON if is_comparison(doc) else REPORT, doc, "", 0)
+    problems += _emulated_figures(doc)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ModelError(f"{source} is damaged: {problems[0]}{more}", hint)
@@ -251,6 +267,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _emulated_figures(doc: Mapping[str, Any]) -> Iterator[str]:
+    """Times, speeds and memory of an emulator say nothing of a device: they are not shown because they cannot be there."""
+    bench = doc.get("bench")
+    for i, row in enumerate(bench if isinstance(bench, list) else []):
+        if isinstance(row, Mapping) and row.get("emulated") and (held := [key for key in MEASURED if row.get(key) is not None]):
+            yield f"bench[{i}].{held[0]}: an emulator's"
 
 
 def _problems(kind: Any, value: Any, where: str, depth: int) -> Iterator[str]:

@@ -36,7 +36,7 @@ def headline(doc: Row) -> str:
     """
     file, loss, bench_row = shipped(doc)
     speed = f.number(bench_row.get("decode_tok_per_s"))
-    where = "tok/s on this machine" + (" (disturbed, see below)" if disturbed(bench_row) else "")
+    where = f"tok/s on {bench_row.get('device') or 'this machine'}" + (" (disturbed, see below)" if disturbed(bench_row) else "")
     parts = [f.size(file.get("size_bytes")), _loss_words(loss), f.suffixed(speed, where)]
     said = ", ".join(part for part in parts if part)
     who = "The file that ships" if trained(doc) or not file.get("file") else file["file"]

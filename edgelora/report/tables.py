@@ -153,6 +153,7 @@ def bench(doc: Row) -> Table:
         [
             Column("File", text("file"), numeric=False),
             Column("Runtime", text("runtime"), numeric=False),
+            Column("Device", device_words, numeric=False),
             Column("Threads", of("threads", f.count), by="threads"),
             Column("Prompt tokens", of("prompt_tokens", f.count), by="prompt_tokens"),
             Column("Load", of("load_ms", f.ms), by="load_ms"),
@@ -165,6 +166,41 @@ def bench(doc: Row) -> Table:
             Column("Memory bandwidth", bandwidth, by="bandwidth_share"),
             Column("Load average", lambda row: f.number(row.get("load_average"), 2), by="load_average"),
             Column("Disturbed", lambda row: f"{UNJUDGED}yes" if disturbed(row) else "", numeric=False),
+        ],
+    )
+
+
+def device_words(row: Row) -> str:
+    """The device where it was another one than the report's machine; of an emulated one also that no speed of it is shown."""
+    why = row.get("emulated_why") or "no real device"
+    return f.aside(row.get("device") or "", f"emulated: {why}; it runs there, no speed is shown" if row.get("emulated") else "")
+
+
+def devices(doc: Row) -> Table:
+    """Devices that rows of the bench name, and how they were before and after."""
+
+    def both(key: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
+        def cell(row: Row) -> str:
+            ends = [show(section(row, end).get(key)) for end in ("before", "after")]
+            return " → ".join(end for end in dict.fromkeys(ends) if end)
+
+        return cell
+
+    return tabulate(
+        rows(doc, "devices"),
+        [
+            Column("Device", lambda row: f.aside(row.get("name") or "", "emulated" if row.get("emulated") else ""), numeric=False),
+            Column("Class", text("class"), numeric=False),
+            Column("Processor", text("cpu"), numeric=False),
+            Column("Cores", of("cores", f.count), by="cores"),
+            Column("Memory", of("memory_bytes", f.size), by="memory_bytes"),
+            Column("System", text("os"), numeric=False),
+            Column("Runs", text("abi"), numeric=False),
+            Column("Governor", both("governor", lambda value: value or ""), numeric=False),
+            Column("Processor, °C", both("temperature_c", f.number)),
+            Column("Heat", both("thermal_status", lambda value: value or ""), numeric=False),
+            Column("Clock, of its maximum", both("clock_share", lambda value: f.percent(value, 0))),
+            Column("Load", both("load_average", f.number)),
         ],
     )
 
@@ -185,6 +221,7 @@ def disturbances(doc: Row) -> list[str]:
     found, said = rows(doc, "bench"), dict[str, list[str]]()
     for row in found:
         who = f"{row.get('file') or ''} in {row.get('runtime') or ''}".removeprefix(" in ").removesuffix(" in ")
+        who += f" on {row['device']}" if row.get("device") else ""
         name = f.aside(who, f.suffixed(f.count(row.get("prompt_tokens")), "prompt tokens")) or "a row"
         for why in filter(None, disturbed(row).split("; ")):
             said.setdefault(why, []).append(name)
