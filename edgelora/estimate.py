@@ -131,7 +131,8 @@ def later(recipe: recipes.Recipe, base: Outline, cores: int, files: Sequence[dic
         module = stage.format_module(section.format)
         peak = streamed + largest  # the file is open beside it
         if hasattr(module, "estimate_of"):  # on one core
-            rounded = section.importance is not False and module.gains_of(base.config, section.type, section.exporter)
+            weighed = section.importance is not False and hasattr(module, "gains_of")
+            rounded = weighed and module.gains_of(base.config, section.type, section.exporter)
             own = module.estimate_of(base.config, base.shapes, section.type, rounded)
             seconds, peak = own["seconds"], max(peak, own["peak_bytes"])
         else:

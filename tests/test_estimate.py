@@ -15,7 +15,7 @@ from edgelora import estimate as whole
 from edgelora import recipe as recipes
 from edgelora.data import chat, lengths, split
 from edgelora.errors import DataError, EdgeloraError, UsageError
-from edgelora.export import sizes
+from edgelora.export import FORMATS, sizes, stage
 from edgelora.train import adapter, attention, estimate, finetune, layer, load, loss, room
 from tests.line import ROOT, edgelora, write_recipe
 from tests.tiny_models import ARCHITECTURES, tiny_model
@@ -168,6 +168,19 @@ def test_the_embedded_bases_files_from_its_header_alone() -> None:
     assert row["size_bytes"] == pytest.approx(112.1e6, rel=0.002)
     apart = sizes.predict(outline.published("Qwen/Qwen2.5-0.5B"), recipes.Export("gguf", "q4_k_m"), "x", 0)
     assert apart["size_bytes"] == pytest.approx(397.8e6, rel=0.01)  # Qwen/Qwen2.5-0.5B-Instruct-GGUF on the hub
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_steps_of_every_format_from_a_header_alone(name: str) -> None:
+    """Without the format's environment: a recipe is priced before anything is installed."""
+    base = outline.of(EMBEDDED, Path())
+    recipe = dataclasses.replace(recipes.load(ROOT / "recipes" / "quickstart.yaml"), exports=(recipes.Export(name),))
+    files = [sizes.predict(base, section, "x", 0) for section in recipe.exports]
+    steps = {step["step"]: step for step in whole.later(recipe, base, 2, files)}
+    export = steps[f"export {name} {stage.format_module(name).DEFAULT_TYPE}"]
+    assert export["seconds"] > 1
+    assert export["peak_bytes"] > base.parameters
+    assert 0.4 * base.parameters < files[0]["size_bytes"] < 1.2 * base.parameters
 
 
 def test_a_table_of_ones_own(tmp_path: Path) -> None:

@@ -6,20 +6,16 @@ an answer stand in it.
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import shutil
-import signal
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgelora import environments, models
-from edgelora.errors import ModelError
+from edgelora.export import elsewhere, gguf
 from edgelora.export import executorch_layout as layout
-from edgelora.export import gguf, onnx_builder
 from edgelora.export.phone_readme import Phone
 from edgelora.weights import Checkpoint
 
@@ -84,16 +80,14 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
     Raises Unsupported for a model that ExecuTorch's transformer cannot be, ToolMissing without the environment, ModelError
     with the exporter's own last words when it fails.
     """
-    python = environments.python(ENVIRONMENT)
     job = _job(model, type)
     path = folder / f"{name}-{type}.pte"
     scratch = folder / ".executorch"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        (scratch / "tmp").mkdir(parents=True)
+        scratch.mkdir()
         partial = scratch / path.name
-        (scratch / "job.json").write_text(json.dumps(job | {"output": str(partial.resolve())}), encoding="utf-8")
-        _run(python, scratch.resolve(), model, progress)
+        elsewhere.run(ENVIRONMENT, job | {"output": str(partial.resolve())}, scratch.resolve(), model, progress)
         partial.replace(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -196,41 +190,3 @@ def _without_composing(tokenizer: Path) -> None:
     values = json.loads(tokenizer.read_text(encoding="utf-8"))
     if (values.get("normalizer") or {}).get("type") == "NFC":
         tokenizer.write_text(json.dumps(values | {"normalizer": None}, ensure_ascii=False), encoding="utf-8")
-
-
-def _run(python: Path, scratch: Path, model: Path, progress: Progress) -> None:
-    """Run the exporter; ModelError with the last meaningful line of its output when it fails."""
-    script = Path(__file__).with_name("there") / "write_executorch.py"
-    tail: collections.deque[str] = collections.deque(maxlen=50)
-    with subprocess.Popen(
-        [str(python), str(script), str(scratch / "job.json")],
-        cwd=scratch,
-        env={key: value for key, value in onnx_builder.environment(scratch).items() if key != "PYTHONPATH"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        preexec_fn=onnx_builder.die_with_us(),
-    ) as process:
-        try:
-            assert process.stdout
-            for line in process.stdout:
-                if line.startswith("edgelora "):
-                    share, _, text = line.removeprefix("edgelora ").strip().partition(" ")
-                    progress(float(share), text)
-                elif line.strip():
-                    tail.append(line.strip())
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            raise
-    if code < 0:
-        raise ModelError(
-            f"ExecuTorch's exporter was ended by {signal.Signals(-code).name} on {model.name}",
-            "this is usually too little memory: close other programs",
-        )
-    if code:
-        raise ModelError(
-            f"ExecuTorch cannot export {model.name}: {tail[-1][:400] if tail else 'it printed nothing'}", "export it as gguf instead"
-        )
