@@ -58,7 +58,7 @@ suspend fun ask(question: String, show: (String) -> Unit) {
 Progress = Callable[[float, str], None]
 
 # Architectures whose graph was held against the model itself, on tiny models of them.
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 _ROUNDING = {"int4": "dynamic_wi4b32_afp32", "int4-channel": "dynamic_wi4_afp32", "int8": "dynamic_wi8_afp32", "fp32": None}
 _BITS = {"int4": 4, "int4-channel": 4, "int8": 8, "fp32": 32}
 _BLOCK = 32

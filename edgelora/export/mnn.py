@@ -82,7 +82,7 @@ extern "C" const char *modelAsk(const char *question) {
 Progress = Callable[[float, str], None]
 
 # Architectures whose graph was held against the model itself, on tiny models of them.
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 _BLOCK = 64
 _BITS = {"int4": 4, "int8": 8, "fp16": 16}
 _CONTEXT = 2048  # tokens, as much as MNN reserves by itself
@@ -104,6 +104,7 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
     try:
         # Relative names: the exporter takes a path with "bge" or "gte" anywhere in it for another kind of model.
         described, built = transformers4.described(model.resolve(), scratch), scratch / "built"
+        _split_digits(described / "tokenizer.json")
         options = ["--quant_bit", str(_BITS[type]), "--quant_block", str(_BLOCK), *(["--seperate_embed"] if type == "fp16" else [])]
         job = {"model": described.name, "output": built.name, "options": options, "stop_ids": list(FolderText(model).stop_ids)}
         elsewhere.run(ENVIRONMENT, job, scratch.resolve(), model, lambda share, text: progress(0.9 * share, text))
@@ -111,6 +112,7 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
             if path.name not in _KEPT:
                 path.unlink()  # the graph once more as JSON, and the paths of this machine
         _settle(built, context(model))
+        _without_prefix(built / "tokenizer.mtok")
         progress(0.9, "rendering the chat template in MNN")
         _same_rendering(model, built)
         shutil.rmtree(target, ignore_errors=True)
@@ -181,6 +183,31 @@ def _settle(built: Path, longest: int) -> None:
     path = built / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(settings | {"sampler_type": "greedy", "max_all_tokens": longest}, indent=2) + "\n", encoding="utf-8")
+
+
+def _split_digits(path: Path) -> None:
+    """Numbers such as '½' are digits to tokenizers' rule "Digits" and not to MNN's; as a pattern both understand it alike."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()  # a link to the model's own
+
+    def mended(rule: Any) -> Any:
+        if isinstance(rule, dict) and rule.get("type") == "Digits":
+            pattern = r"\p{N}" if rule.get("individual_digits") else r"\p{N}+"
+            return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        if isinstance(rule, dict) and rule.get("type") == "Sequence":
+            return rule | {"pretokenizers": [mended(part) for part in rule["pretokenizers"]]}
+        return rule
+
+    values["pre_tokenizer"] = mended(values.get("pre_tokenizer"))
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+
+
+def _without_prefix(path: Path) -> None:
+    """MNN would put a begin token before every text, and the chat template writes it already. The layout: there/run_mnn.py."""
+    kind, counts, ids, rest = path.read_bytes().split(b"\n", 3)
+    special, stop, _ = counts.split()
+    kept = b" ".join(ids.split()[: int(special) + int(stop)])
+    path.write_bytes(b"\n".join((kind, b"%b %b 0" % (special, stop), kept, rest)))
 
 
 def _same_rendering(model: Path, built: Path) -> None:
