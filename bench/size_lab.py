@@ -84,13 +84,26 @@ def keep(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
 
 def keep_curvature(found: Curvature, folder: Path) -> None:
     keep({name: found.moments(name) for name in found.source}, folder / "inputs")
+    keep(
+        {name: found.judges[found.source[name]] for name in found.outputs if name in found.source and found.source[name] in found.judges},
+        folder / "judges",
+    )
     keep(found.outputs, folder / "outputs")
     keep({"states": found.states, "lookups": found.lookups}, folder)
 
 
 def stored_curvature(folder: Path, head: str) -> Curvature:
     inputs, own = Arrays(folder / "inputs"), Arrays(folder)
-    return Curvature(inputs, {name: name for name in inputs}, Arrays(folder / "outputs"), own["states"], own["lookups"], head, 0)
+    return Curvature(
+        inputs,
+        Arrays(folder / "judges"),
+        {name: name for name in inputs},
+        Arrays(folder / "outputs"),
+        own["states"],
+        own["lookups"],
+        head,
+        0,
+    )
 
 
 def round_one(job: Job, place: Path, head: str, together: int) -> tuple[Job, float]:
@@ -289,8 +302,9 @@ class Files:
 
         by_hand = [f"^{name.replace('.', '[.]')}$={kind.name.lower()}" for name, kind in types.items()]
         target.mkdir(parents=True, exist_ok=True)
+        asked = {name: np.ones(self.lab.shapes[name][1], np.float32) for name in types}  # some types may not be written without importance
         written = gguf.write(
-            self.lab.folder, "q8_0", target, "plan", lambda share, text: None, None, by_hand, self.lab.checkpoints[model],
+            self.lab.folder, "q8_0", target, "plan", lambda share, text: None, asked, by_hand, self.lab.checkpoints[model],
             Stored(lambda name: None, False, 0.0),
         )  # fmt: skip
         assert written.stat().st_size == self.bytes(types)
@@ -332,6 +346,7 @@ def imatrix(lab: Lab, rows: Sequence[Encoded]) -> dict[str, np.ndarray]:
 
 
 def curve(lab: Lab, rows: Sequence[Encoded]) -> Curvature:
-    found = curvature.collect(lab.model, rows, lambda share, text: None)
+    learned, judged = curvature.divided(rows)
+    found = curvature.collect(lab.model, learned, lambda share, text: None, judged)
     assert math.isfinite(found.answers)
     return found

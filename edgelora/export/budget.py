@@ -62,9 +62,9 @@ def measure(
         scratch.mkdir()
         described = model.folder or model.describe(scratch)
         weights = model.merged(base)
-        found = curvature.collect(
-            curvature.open_model(described, weights, threads), calibration, lambda share, text: progress(_COLLECTING * share, text)
-        )
+        learned, judged = curvature.divided(calibration)
+        opened = curvature.open_model(described, weights, threads)
+        found = curvature.collect(opened, learned, lambda share, text: progress(_COLLECTING * share, text), judged)
         curvature.save(found, folder / _MOMENTS)
         moments = curvature.Moments(folder / _MOMENTS)
         fixed, matrices = gguf.matrices(described, name, weights)
