@@ -15,14 +15,11 @@ reference's logits at that position; `costs_kl` what the type itself costs: its 
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
-from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import results
 
 from edgelora import gguf_base
@@ -30,12 +27,12 @@ from edgelora.bench import rounds
 from edgelora.export import gguf
 from edgelora.runtime import llama_cpp
 from tests.device_tools import packaged_runner
+from tests.llama_kernels import apart, logits
 from tests.tiny_models import tiny_model
 
 TYPES = ("f16", "q8_0", "q4_k_s", "q4_0")
 X64, ARM64 = ("sse42", "haswell", "zen4"), ("armv8.0_1", "armv8.2_2", "armv8.6_1")
 REFERENCE = "haswell"
-QEMU = ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu")
 POSITIONS = 64
 TOLERANCE = 0.1  # of what the type itself costs; F16, which costs nothing, gets that of Q8_0
 
@@ -54,22 +51,6 @@ def models(folder: Path) -> dict[str, Path]:
     gguf_base.write(base, folder / "smol")
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4}
     return {"SmolLM2-135M": folder / "smol", "random-256": tiny_model("llama", folder / "random", **shape)}
-
-
-def logits(runner: Path, backend: str, file: Path, ids: Sequence[int]) -> np.ndarray:
-    """float64, shape (ids, vocabulary), by one set of kernels, with one thread."""
-    command = [*(QEMU if backend.startswith("arm") else ()), str(runner / "llama-bench"), "--logits", str(file), "1", *map(str, ids)]
-    environment = {"LD_LIBRARY_PATH": str(runner), "BACKEND": str(runner / f"libggml-cpu-{backend}.so"), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, capture_output=True, env=environment, check=True)
-    return np.frombuffer(done.stdout, np.float32).reshape(len(ids), -1).astype(np.float64)
-
-
-def apart(reference: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    ours, theirs = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (reference, other))
-    nats = (np.exp(ours) * (ours - theirs)).sum(1)
-    moved = np.abs(reference - other) / reference.std(1, keepdims=True)
-    same = (reference.argmax(1) == other.argmax(1)).mean()
-    return {"kl": float(nats.mean()), "kl_worst": float(nats.max()), "moved": float(moved.max()), "top1": float(same)}
 
 
 def main() -> None:

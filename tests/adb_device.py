@@ -1,8 +1,9 @@
 """The device end of adb's protocol on loopback, for tests: the real `adb` client pushes, runs and pulls, and nothing on this side is a phone.
 
 It speaks what a bench uses: CNXN, OPEN, OKAY, WRTE and CLSE; the services shell and shell,v2; and sync's STAT, STA2, SEND and
-RECV. Its /data/local/tmp is a folder here, its shell is /bin/sh, and programs for arm64 run through qemu-user, as a kernel with
-binfmt_misc would run them. It can be unplugged at a chosen moment, and it can be full.
+RECV. Its /data/local/tmp is a folder here, and programs for arm64 run through qemu-user, as a kernel with
+binfmt_misc would run them. Where mksh and toybox are installed its shell and its commands are those, as Android's are.
+It can be unplugged at a chosen moment, and it can be full.
 
 The protocol is described in packages/modules/adb of the Android Open Source Project: protocol.txt and SYNC.TXT.
 """
@@ -14,6 +15,7 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import socket
 import stat
 import struct
@@ -45,6 +47,10 @@ class AdbDevice:
         self._pushed, self._children, self._links = 0, list[subprocess.Popen[bytes]](), list[socket.socket]()
         self.root.mkdir(parents=True)
         self._tools.mkdir()
+        if (shell := shutil.which("mksh")) and (toybox := shutil.which("toybox")):
+            (self._tools / "sh").symlink_to(shell)
+            for name in subprocess.run([toybox], capture_output=True, text=True).stdout.split():
+                (self._tools / name).symlink_to(toybox)
         self._tool("run", _RUN)
         self._tool("getprop", "#!/bin/sh\ncat <<'END'\n" + "".join(f"[{k}]: [{v}]\n" for k, v in properties.items()) + "END\n")
         self._tool("dumpsys", "#!/bin/sh\necho Thermal Status: 0\n")
@@ -101,7 +107,7 @@ class AdbDevice:
         # `exec ./program` is what binfmt_misc would catch in a kernel
         here = command.replace(BASE, str(self.root)).replace("exec ./", f"exec {shlex.quote(str(self._tools / 'run'))} ./")
         child = subprocess.Popen(
-            ["/bin/sh", "-c", here],
+            [str(own) if (own := self._tools / "sh").exists() else "/bin/sh", "-c", here],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if merged else subprocess.PIPE,
@@ -129,6 +135,7 @@ class AdbDevice:
 
     def _tool(self, name: str, text: str) -> None:
         path = self._tools / name
+        path.unlink(missing_ok=True)  # never through a link to a program of the system
         path.write_text(text)
         path.chmod(0o755)
 

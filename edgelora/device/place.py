@@ -107,7 +107,7 @@ class Place:
         """
         beside = f"{self.folder}/{program}".rpartition("/")[0]
         words = shlex.join([f"./{program}", *arguments])
-        script = f"echo $$ > pid; LD_LIBRARY_PATH={beside}:$LD_LIBRARY_PATH exec {words} > out 2> err < /dev/null"
+        script = f"echo $$ > pid; export LD_LIBRARY_PATH={beside}:$LD_LIBRARY_PATH; exec {words} > out 2> err < /dev/null"
         run = f"sh -c {shlex.quote(script)}"
         if watch_memory:  # VmHWM only grows: its last reading is the peak
             run = f"{run} & p=$!; while grep VmHWM /proc/$p/status; do sleep 0.2; done 2>/dev/null; wait $p"
