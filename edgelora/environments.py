@@ -99,9 +99,9 @@ ENVIRONMENTS = {
         ),
     ),
     "web": Environment(
-        "transformers.js and onnxruntime-web, for models in browsers; playwright-core drives one in tests",
+        "transformers.js, onnxruntime-web and wllama, for models in browsers; playwright-core drives one in benches",
         "npm",
-        (("@huggingface/transformers@4.3.1", "playwright-core@1.65.1"),),
+        (("@huggingface/transformers@4.3.1", "@wllama/wllama@3.8.1", "playwright-core@1.65.1"),),
     ),
     "arm64": Environment(
         "llama.cpp built for arm64 and x86-64 from one release: tests and bench/arm64_logits.py run it through qemu-user",

@@ -7,6 +7,7 @@ else; several files take turns, so that whatever drifts (heat, clocks, other pro
     rounds        one repeat, inside the measuring process
     child         that process and how it is spoken to
     disturbance   why a figure is doubtful
+    quality       how good the files are; agreement: whether they answer in a browser as they do natively
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def bench(path: Path, runtime_name: str, settings: Bench, threads: int, progress
 def bench_all(files: Sequence[tuple[Path, str]], settings: Bench, threads: int, progress: Progress) -> list[dict[str, Any]]:
     """Measure files, each with the runtime named beside it; one row per file and prompt length.
 
-    A row holds raw samples and their medians; `peak_rss_bytes` is of the whole child process, interpreter included;
+    A row holds raw samples and their medians; `peak_rss_bytes` is of the whole child process, interpreter included, or of the browser's processes together;
     `load_average` is taken before the first round. A row is `crowded` when something from outside disturbed it and `noisy`
     when it or its samples are doubtful; `noisy_why` says why.
     Raises what the runtime raised, or EdgeloraError with a child's last words when it crashed or hung.

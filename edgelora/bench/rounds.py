@@ -9,9 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from edgelora import machine
 from edgelora.runtime import Session
+
+if TYPE_CHECKING:
+    from edgelora.runtime.browser import BrowserSession
 
 WORKLOAD = 1  # of the text, the order and the warm-up below: rows of another number did other work
 _BANDWIDTH_BYTES = 256 << 20  # beyond every cache of today's edge processors
@@ -64,6 +68,19 @@ def measure(
         deque(islice(session.generate(ids, decode_tokens + 1, ()), 2), maxlen=0)
         timings = tuple(_timing(session, ids[:n], decode_tokens, clock, partial(cpu_clock, process)) for n in prompt_tokens)
         return load_ms, timings, machine.peak_rss_bytes(process)
+
+
+def measure_in_browser(session: BrowserSession, prompt_tokens: Sequence[int], decode_tokens: int) -> tuple[Timing, ...]:
+    """A Timing per prompt length, by the browser's own clocks.
+
+    The longest prompt is read and continued once before: V8 compiles what runs often a second time, and better, while it runs.
+    """
+    ids = prompt(session, max(prompt_tokens))
+    with session.page.tree.watched():
+        session.time(ids, decode_tokens)
+    timed = [session.time(ids[:n], decode_tokens) for n in prompt_tokens]
+    session.page.tree.resident_bytes()
+    return tuple(Timing(t.prompt_tokens, t.ttft_ms, t.decode_ms, t.prefill_cpu_s, t.decode_cpu_s) for t in timed)
 
 
 def prompt(session: Session, n: int) -> list[int]:

@@ -37,6 +37,7 @@ _HERE = "here"  # of --device: this machine
     help="Where to measure: here (the default), adb for every attached phone, adb:SERIAL, ssh:USER@HOST. Repeatable.",
 )
 @click.option("--runner", "programs", type=PATH, multiple=True, help="Program that runs the file on a device, or its folder. Repeatable.")
+@click.option("--browser", is_flag=True, help="Also measure in Chromium: GGUF in wllama, ONNX in onnxruntime-web.")
 @click.option("--rows", type=PATH, help="Rows (question, answer): the quality of the very files beside their speed.")
 @click.option("--reference", type=PATH, help="With --rows: the model to measure the divergence (KL) from, e.g. its 16-bit export.")
 @click.option("--most", type=click.IntRange(1), default=60, show_default=True, help="Rows read at most.")
@@ -53,6 +54,7 @@ def bench(
     runtimes: tuple[str, ...],
     targets: tuple[str, ...],
     programs: tuple[Path, ...],
+    browser: bool,
     rows: Path | None,
     reference: Path | None,
     most: int,
@@ -62,8 +64,8 @@ def bench(
 ) -> None:
     """Load time, time to first token, prefill and decode speed, memory, CPU time and share of the memory's bandwidth of exported files.
 
-    With --rows also their loss, answers and accuracy; with --device on a phone or another box; with --estimate what other
-    devices should reach, without measuring.
+    With --rows also their loss, answers and accuracy; with --browser also in Chromium, and whether the files answer alike there; with
+    --device on a phone or another box; with --estimate what other devices should reach, without measuring.
 
     \b
     Example:  edgelora bench a.gguf b.gguf --rows held-out.csv -o page
@@ -80,22 +82,28 @@ def bench(
     here = not targets or _HERE in targets
     failures: list[EdgeloraError] = []
     if estimate is not None:
-        if rows or targets:
-            raise UsageError("--estimate runs no file", f"leave --estimate or {'--rows' if rows else '--device'} away")
+        if rows or targets or browser:
+            option = "--rows" if rows else "--device" if targets else "--browser"
+            raise UsageError("--estimate runs no file", f"leave --estimate or {option} away")
         found: dict[str, Any] = {"estimates": _estimates(files, estimate, devices, runtimes)}
         said = [lines.estimate(row) for row in found["estimates"]]
     else:
         away = _away(files, tuple(name for name in targets if name != _HERE), programs)
         settings, counts = _settings(prompt_tokens, repeats), _counts(threads)
-        named = [(path, name) for path in files for name in _runtimes(path, runtimes)] if here else []
-        if runtimes and not here:
-            raise UsageError("--runtime chooses among the runtimes of this machine", "leave it away, or add --device here")
+        named = [(path, name) for path in files for name in _runtimes(path, runtimes, browser)] if here else []
+        if (runtimes or browser) and not here:
+            option = "--browser" if browser else "--runtime"
+            raise UsageError(f"{option} chooses among the runtimes of this machine", "leave it away, or add --device here")
+        _check_browser(named)
+        most_threads = counts[-1] if counts else machine.cores()
         with echo.progress() as progress:
-            found = _quality(files, rows, reference, most, counts[-1] if counts else machine.cores(), progress) if rows else {}
+            found = _quality(files, rows, reference, most, most_threads, progress) if rows else {}
+            found |= _agreement(named, rows, most, most_threads, progress)
             timed = _here(named, settings, counts or (machine.cores(),), progress)
             outcome = away.bench(settings, counts, lambda share, text: progress("devices", share, text))
         failures = outcome.failures
         said = [*map(lines.bench, timed), *map(lines.device_bench, outcome.rows), *map(lines.quality, found.get("losses", []))]
+        said += map(lines.agreement, found.get("agreement", []))
         said += [*map(lines.divergence, found.get("divergence", [])), *map(lines.accuracy, found.get("accuracy", []))]
         found = {"bench": [*timed, *outcome.rows], **({"devices": outcome.devices} if outcome.devices else {}), **found}
         found = {"machine": machine.describe(), **found} if here else found
@@ -177,6 +185,32 @@ def _quality(
     )
 
 
+def _agreement(
+    named: list[tuple[Path, str]], rows: Path | None, most: int, threads: int, progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
+    """Whether files answer in a browser as they do natively; nothing where none is measured in one."""
+    from edgelora.runtime import IN_BROWSER
+
+    if not any(name in IN_BROWSER.values() for _, name in named):
+        return {}
+    from edgelora.bench import agreement
+    from edgelora.data.read import read
+
+    table = read(rows).rows[:most] if rows else []
+    return {"agreement": agreement.of_browsers(named, table, rows.stem if rows else "", threads, lambda s, t: progress("browser", s, t))}
+
+
+def _check_browser(named: list[tuple[Path, str]]) -> None:
+    """What a browser needs is asked for before anything is measured."""
+    from edgelora.runtime import IN_BROWSER
+
+    if any(name in IN_BROWSER.values() for _, name in named):
+        from edgelora.runtime import browser
+
+        browser.chromium()
+        browser.modules()
+
+
 def _estimates(files: tuple[Path, ...], names: str, table: Path | None, runtimes: tuple[str, ...]) -> list[dict[str, Any]]:
     from edgelora import roofline
     from edgelora.size import traffic
@@ -198,7 +232,7 @@ def _document(name: str, files: tuple[Path, ...], found: dict[str, Any], measure
 
     from edgelora import artifact, device, roofline
     from edgelora import report as reports
-    from edgelora.runtime import runtime_of
+    from edgelora.runtime import IN_BROWSER, runtime_of
 
     about: dict[str, Any] = {
         "created": datetime.now(UTC).date().isoformat(),
@@ -208,7 +242,8 @@ def _document(name: str, files: tuple[Path, ...], found: dict[str, Any], measure
     if measured and here:
         about |= {
             "machine": found["machine"],
-            "versions": artifact.versions_of("llama-cpp-python", "onnxruntime", "onnxruntime-genai", "torch"),
+            "versions": artifact.versions_of("llama-cpp-python", "onnxruntime", "onnxruntime-genai", "torch")
+            | {row["runtime"]: row["runtime_version"].partition(" ")[2] for row in found["bench"] if row["runtime"] in IN_BROWSER.values()},
         }
     runtime = (runtime_of if here else lambda path: device.runner_of(path).RUNTIME) if measured else roofline.runtime_for
     listed = [(path, runtime(path), artifact.sha256(path) if path.is_file() else None) for path in dict.fromkeys(files)]
@@ -221,6 +256,9 @@ def _repeat(context: click.Context, files: tuple[Path, ...]) -> str:
     for option in context.command.params:
         value = context.params.get(option.name or "")
         if not isinstance(option, click.Option) or option.name in ("output", "quiet", "as_json") or value == option.default or not value:
+            continue
+        if option.is_flag:
+            words.append(option.opts[-1])
             continue
         for item in value if isinstance(value, tuple) else (value,):
             words += [
@@ -236,13 +274,15 @@ def _nameless(target: str) -> str:
     return f"{kind}:{'USER@HOST' if kind == 'ssh' else 'SERIAL'}" if found else target
 
 
-def _runtimes(path: Path, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The runtimes to measure a file in: those asked for, all that open it, or its first."""
-    from edgelora.runtime import runtimes_of
+def _runtimes(path: Path, asked: tuple[str, ...], browser: bool) -> tuple[str, ...]:
+    """The runtimes to measure a file in: those asked for, all that open it, or its first; and with `browser` its browser's."""
+    from edgelora.runtime import IN_BROWSER, browser_of, runtimes_of
 
-    able = runtimes_of(path)
+    own = runtimes_of(path)
+    able = (*own, *((IN_BROWSER[own[0]],) if own[0] in IN_BROWSER else ()))
+    added = (browser_of(path),) if browser else ()
     if "all" in asked:
-        return able
+        return (*own, *added)
     if unable := [name for name in asked if name not in able]:
         raise UsageError(f"{path.name} is not opened by {unable[0]!r}", f"it is opened by {', '.join(able)}")
-    return tuple(dict.fromkeys(asked)) or able[:1]
+    return tuple(dict.fromkeys((*(asked or own[:1]), *added)))

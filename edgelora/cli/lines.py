@@ -70,6 +70,16 @@ def quality(row: Any) -> str:
     )
 
 
+def agreement(row: Any) -> str:
+    scored = (
+        f" (n = {row['rows']} answers, {row['tokens']} tokens): loss {row['loss']['loss']:.4f} against {row['against_loss']:.4f}, "
+        f"same top token {row['top1']:.1%}, greedy answers equal"
+        if row["rows"]
+        else ": greedy answers equal"
+    )
+    return f"{row['file']} in {row['runtime']} against {row['against']}{scored} {row['answers_equal']} of {row['answers']}"
+
+
 def divergence(row: Any) -> str:
     return (
         f"{row['file']} against the reference (n = {row['rows']} rows): KL {row['kl']:.3g} [{row['kl_low']:.3g}, {row['kl_high']:.3g}] "

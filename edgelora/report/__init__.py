@@ -5,7 +5,7 @@
     tables      the document -> tables of text, shared by Markdown and HTML
     markdown    fits a pull-request comment
     page        one self-contained HTML file, nothing fetched; plot draws its SVG, style dresses it, sorting is its one script
-    fronts      Pareto plots, and which files answer nonsense
+    fronts      Pareto plots, and which files answer nonsense; agreement: and which do so in a browser
     document    files benched outside of a run -> the document
     comparison  several documents -> one, rows joined by file type; differences: what of it is noise
 

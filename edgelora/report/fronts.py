@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgelora.recipe import Evaluate
+from edgelora.report import agreement, plot, tables
 from edgelora.report import figures as f
-from edgelora.report import plot, tables
 from edgelora.report.markup import NOTHING, Markup, tag
 
 # Nats a token at which a model says nothing: what words cost to someone who knows only how frequent each is (unigram
@@ -31,14 +31,14 @@ class Quality:
 
 
 def qualities(doc: Doc) -> tuple[str, dict[Any, Quality]]:
-    """(the measure with its unit, each file's): KL to the trained model, or where more files have it the loss on the first set."""
+    """(the measure with its unit, each file's): KL to the trained model, or where more files or a browser have it the loss on the first set."""
     kl = {row.get("file"): _quality(row, "kl") for row in tables.rows(doc, "files")}
     kl = {file: quality for file, quality in kl.items() if quality}
     losses = [row for row in tables.rows(doc, "losses") if f.known(tables.section(row, "after").get("loss"))]
     first = next((row.get("set") for row in losses), None)
     loss = {row.get("file"): _quality(tables.section(row, "after"), "loss", "") for row in losses if row.get("set") == first}
     loss = {file: quality for file, quality in loss.items() if quality}
-    if len(loss) > len(kl):
+    if len(loss) > len(kl) or (loss and tables.rows(doc, "agreement")):  # in a browser a loss is measured, and no KL
         return f"loss on {first or 'held-out rows'}, nats a token", {k: v for k, v in loss.items() if v}
     return "KL, nats a token", {k: v for k, v in kl.items() if v}
 
@@ -103,9 +103,14 @@ def size_quality(doc: Doc, series: Mapping[Any, str], names: Mapping[Any, str]) 
 
 
 def speed_quality(doc: Doc, series: Mapping[Any, str], names: Mapping[Any, str]) -> Markup:
-    """Decode speed at the longest prompt that every file was measured with, a point for each runtime and thread count."""
+    """Decode speed at the longest prompt that every file was measured with, a point for each runtime and thread count.
+
+    In a browser a file is as good as it was found to be there.
+    """
     measure, known = qualities(doc)
+    there, strange = _in_browsers(doc, measure), agreement.nonsense(doc)
     rows = [row for row in tables.rows(doc, "bench") if f.known(row.get("decode_tok_per_s")) and row.get("file") in known]
+    rows = [row for row in rows if there.get((row.get("file"), row.get("runtime")), True)]
     lengths = Counter(int(row["prompt_tokens"]) for row in rows if f.known(row.get("prompt_tokens")))
     if not lengths:
         return NOTHING
@@ -119,8 +124,19 @@ def speed_quality(doc: Doc, series: Mapping[Any, str], names: Mapping[Any, str])
         differs = [key for key in ways if row.get(key) and ways[key][file] > 1]
         words = [f"{row[key]} thread{'' if row[key] == 1 else 's'}" if key == "threads" else short_runtime(row[key]) for key in differs]
         label = ", ".join([str(names.get(file, file)), *words])
-        points.append(_point(file, label, speed, known[file], series[file], f"{f.number(speed)} tok/s", measure))
+        way = (file, row.get("runtime"))
+        point = _point(file, label, speed, there.get(way) or known[file], series[file], f"{f.number(speed)} tok/s", measure)
+        points.append(replace(point, out=strange[way], hint=f"{point.hint}; nonsense: {strange[way]}") if way in strange else point)
     return figure("Quality against speed", _judged(doc, points), f"decode after {f.count(length)} prompt tokens, tok/s", measure, True)
+
+
+def _in_browsers(doc: Doc, measure: str) -> dict[tuple[Any, Any], Quality | None]:
+    """(file, runtime) -> its quality there; None where it was not measured as the files' own was."""
+    found: dict[tuple[Any, Any], Quality | None] = {}
+    for row in tables.rows(doc, "agreement"):
+        comparable = measure.startswith(f"loss on {row.get('set')},")
+        found[row.get("file"), row.get("runtime")] = _quality(tables.section(row, "loss"), "loss", "") if comparable else None
+    return found
 
 
 def short_runtime(name: Any) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgelora.report import comparison, estimates, summary, tables
+from edgelora.report import agreement, comparison, estimates, summary, tables
 from edgelora.report.markup import visible
 from edgelora.report.schema import is_comparison
 
@@ -33,6 +33,7 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
     blocks += [_table(tables.files(doc)), _table(tables.losses(doc)), _table(tables.accuracy(doc))]
     blocks += [_folded("Checks", [checks]) if not (failed or unjudged) else ""]
     blocks += [_folded("Speed and memory", [_table(tables.bench(doc)), _list(tables.disturbances(doc)), _table(tables.devices(doc))])]
+    blocks += [_folded("The same file in a browser", [_table(agreement.table(doc))])]
     blocks += [
         _folded(
             "Estimates for other devices (nothing here was measured)",

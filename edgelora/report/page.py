@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from edgelora.report import charts, comparison, confusion, differences, estimates, sorting, summary, tables
+from edgelora.report import agreement, charts, comparison, confusion, differences, estimates, sorting, summary, tables
 from edgelora.report import figures as f
 from edgelora.report.markup import NOTHING, Markup, breakable, language, tag
 from edgelora.report.schema import is_comparison
@@ -50,6 +50,7 @@ def _report(doc: Mapping[str, Any]) -> list[Markup]:
         _section("Loss before and after" if _has_before(doc) else "Loss", *_losses(doc)),
         _section("Labels", _table(tables.accuracy(doc)), _beside(confusion.drawing(doc), _table(confusion.mistakes(doc)))),
         _section(_speed_title(doc), charts.latency(doc), _table(tables.bench(doc)), _list(tables.disturbances(doc))),
+        _section("The same file in a browser", *_agreement(doc)),
         _section("Devices", _table(tables.devices(doc))),
         _section("Estimates for other devices", *_estimates(doc)),
         _section("Answers side by side", *_answers(doc)),
@@ -195,6 +196,20 @@ def _answers(doc: Mapping[str, Any]) -> list[Markup]:
             head = tag("h3", tag("span", "Question", class_="n"), tag("bdi", question, lang=language(question)))
             shown.append(tag("article", head, tag("div", *said, class_="said"), class_="answer"))
     return shown
+
+
+def _agreement(doc: Mapping[str, Any]) -> list[Markup]:
+    """The table, and greedy answers that differ: rounding alone can turn a word, and then the rest follows it."""
+    shown = []
+    for prompt, said in agreement.differing(doc):
+        head = tag("h3", tag("span", "Prompt", class_="n"), tag("bdi", prompt, lang=language(prompt)))
+        shown.append(tag("article", head, tag("div", *(_said("ref", who, words) for who, words in said), class_="said"), class_="answer"))
+    table = _table(agreement.table(doc))
+    note = (
+        "Loss and top token on the same answers, written token by token in both; then greedy answers of at most 16 tokens. "
+        "Those that are not the same are shown."
+    )
+    return [tag("p", note, class_="caption"), table, *shown] if table else []
 
 
 def _said(style: str, who: str, words: str) -> Markup:

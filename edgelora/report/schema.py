@@ -151,6 +151,22 @@ REPORT: dict[str, Any] = {
     ],
     "confusion": [{"set": str, "file": str, "labels": [str], "counts": [[int]]}],  # row: the true label, column: the chosen one
     "answers": [{"question": str, "before": str, "after": {str: str}}],
+    "agreement": [  # of a file in a browser with its native runtime (`against`): loss and top1 on the same answers, then greedy answers
+        {
+            "set": str,
+            "file": str,
+            "runtime": str,
+            "against": str,
+            "rows": int,
+            "tokens": int,
+            "loss": _MEASURE,
+            "against_loss": float,
+            "top1": float,
+            "answers": int,
+            "answers_equal": int,
+            "differing": [{"prompt": str, "native": str, "browser": str}],
+        }
+    ],
     "bench": [
         {
             "file": str,

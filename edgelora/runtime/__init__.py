@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
-from edgelora.errors import ModelError
+from edgelora.errors import ModelError, Unsupported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,10 @@ RUNTIMES = {
     "litert-lm": "edgelora.runtime.litert_lm",
     "mnn": "edgelora.runtime.mnn",
     "torch": "edgelora.runtime.torch_reference",
+    "wllama": "edgelora.runtime.wllama",
+    "onnxruntime-web": "edgelora.runtime.onnx_browser",
 }
+IN_BROWSER = {"llama.cpp": "wllama", "onnxruntime": "onnxruntime-web"}  # what opens the same file in Chromium
 _BY_SUFFIX = {".gguf": "llama.cpp", ".pte": "executorch", ".litertlm": "litert-lm"}
 
 
@@ -89,10 +92,18 @@ def runtime(name: str) -> RuntimeModule:
 
 
 def runtimes_of(path: Path) -> tuple[str, ...]:
-    """Every runtime that opens `path`, the one that `runtime_of` names first."""
+    """Every runtime that opens `path` outside of a browser, the one that `runtime_of` names first."""
     first = runtime_of(path)
     described = (path / "genai_config.json").is_file()  # what onnxruntime-genai wants to know; other exporters leave it out
     return (first, "onnxruntime-genai") if first == "onnxruntime" and described else (first,)
+
+
+def browser_of(path: Path) -> str:
+    """The name of the runtime that opens `path` in Chromium; Unsupported when none does."""
+    first = runtime_of(path)
+    if first not in IN_BROWSER:
+        raise Unsupported(f"{path.name} is run by {first}, and no browser has that", "export it with --format gguf or onnx")
+    return IN_BROWSER[first]
 
 
 def runtime_of(path: Path) -> str:

@@ -110,6 +110,12 @@ class Vocabulary:
         ends = [i for i in range(self._n_vocab) if llama_cpp.llama_vocab_is_eog(self._vocab, i)]
         return tuple(i for i in dict.fromkeys([*first, *ends]) if i >= 0)
 
+    @property
+    def begin_id(self) -> int | None:
+        """The id that llama.cpp's own programs put in front of every text, as this file asks them to; None where it does not."""
+        self._check_open()
+        return int(llama_cpp.llama_vocab_bos(self._vocab)) if llama_cpp.llama_vocab_get_add_bos(self._vocab) else None
+
     def tokenize(self, text: str) -> list[int]:
         self._check_open()
         data = text.encode()
@@ -123,14 +129,15 @@ class Vocabulary:
                 raise Unsupported(f"llama.cpp cannot tokenize {len(data)} bytes at once", "split the text")
             room = -count
 
-    def detokenize(self, ids: Sequence[int]) -> str:
+    def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
+        """See Session.detokenize; with `special` the special tokens are written out, so that the text reads back as these ids."""
         self._check_open()
         self._check_ids(ids)
         tokens = (llama_cpp.llama_token * len(ids))(*ids)
         room = 16 * len(ids) + 8
         while True:
             text = ctypes.create_string_buffer(room)
-            count = llama_cpp.llama_detokenize(self._vocab, tokens, len(ids), text, room, False, False)
+            count = llama_cpp.llama_detokenize(self._vocab, tokens, len(ids), text, room, False, special)
             if 0 <= count <= room:
                 return text.raw[:count].decode("utf-8", "replace")
             room = -count
