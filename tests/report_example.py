@@ -109,6 +109,22 @@ def example() -> dict[str, Any]:
         "confusion": [{"set": "sealed", "file": GGUF, "labels": ["card", "fee"], "counts": [[50, 10], [9, 51]]}],
         "accuracy": [{"set": "sealed", "file": GGUF, "rows": 120, "before": 0.408, "after": 0.842, "low": 0.775, "high": 0.9}],
         "answers": [{"question": QUESTION, "before": "荷物 is a Japanese word.", "after": {GGUF: ANSWER}}],
+        "agreement": [
+            {
+                "set": "paraphrase",
+                "file": GGUF,
+                "runtime": "wllama",
+                "against": "llama.cpp",
+                "rows": 60,
+                "tokens": 4120,
+                "loss": {"loss": 1.7204, "low": 1.631, "high": 1.82},
+                "against_loss": 1.719,
+                "top1": 0.9912,
+                "answers": 5,
+                "answers_equal": 4,
+                "differing": [{"prompt": "Where is my parcel?", "native": "In the lorry.", "browser": "In the van."}],
+            }
+        ],
         "bench": [
             {
                 "file": GGUF,

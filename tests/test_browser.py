@@ -34,7 +34,7 @@ there = pytest.mark.skipif(
     not (CHROMIUM and shutil.which("node") and environments.installed("web")),
     reason="install Chromium and Node (apt-get install -y chromium nodejs npm) and run edgelora doctor --install web",
 )
-TEXT = "The quick brown fox jumps over the lazy dog"
+TEXT = "<|im_start|>user\nWhat is part 3?<|im_end|>\n<|im_start|>assistant\n"
 ANSWER = 'Part 5 is "a" wheel.\n'
 
 

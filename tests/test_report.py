@@ -151,6 +151,7 @@ def test_page_reads_in_order(doc: dict[str, Any]) -> None:
         "Loss before and after",
         "Labels",
         "Speed on this machine (x86-2core)",
+        "The same file in a browser",
         "Devices",
         "Estimates for other devices",
         "Answers side by side",

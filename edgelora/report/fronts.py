@@ -123,7 +123,7 @@ def speed_quality(doc: Doc, series: Mapping[Any, str], names: Mapping[Any, str])
         file, speed = row.get("file"), row["decode_tok_per_s"]
         differs = [key for key in ways if row.get(key) and ways[key][file] > 1]
         words = [f"{row[key]} thread{'' if row[key] == 1 else 's'}" if key == "threads" else short_runtime(row[key]) for key in differs]
-        label = ", ".join([str(names.get(file, file)), *words])
+        label = ", ".join(filter(None, [names.get(file, file), *words]))
         way = (file, row.get("runtime"))
         point = _point(file, label, speed, there.get(way) or known[file], series[file], f"{f.number(speed)} tok/s", measure)
         points.append(replace(point, out=strange[way], hint=f"{point.hint}; nonsense: {strange[way]}") if way in strange else point)
