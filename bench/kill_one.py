@@ -1,6 +1,7 @@
 """`edgelora finetune --gpus N` on a tiny base that N processes hold together: one of them is killed, and half as many go on.
 
-Beside it one process trains the same undisturbed, with the base whole. Used by `several_gpus.py`.
+Beside it one process trains the same undisturbed, with the base whole, and another one with the rows of an update in two steps: these
+two differ by rounding alone, which says how near the run that went on has to be. Used by `several_gpus.py`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ exports: [{format: gguf, type: q8_0}]
 
 
 def kill_one(count: int, limit_s: float) -> dict[str, Any]:
-    """What was said, when all had ended, and the largest difference of a `valid` loss between the run that went on and the undisturbed one."""
+    """What was said, when all had ended, and the largest difference of a `valid` loss from the undisturbed run's: of the run that went on
+    (`difference`), and of the one in two steps (`rounding`).
+    """
     begun = time.monotonic()
     row: dict[str, Any] = {"case": "killed", "processes": count}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
         alone = finetune(folder, "alone", 1, "never")
+        steps = finetune(folder, "steps", 1, "never", "--set=train.batch=4", "--set=train.accumulate=2")
         going = finetune(folder, "killed", count, "always")
         try:
             mark = "killed/.adapter-*.partial/checkpoints/checkpoint-*/complete"
@@ -54,19 +58,19 @@ def kill_one(count: int, limit_s: float) -> dict[str, Any]:
             row["resumed_processes"] = max(1, count // 2)
             resumed = finetune(folder, "killed", row["resumed_processes"], "never")
             curves = []
-            for process in (resumed, alone):
+            for process in (alone, resumed, steps):
                 out, err = process.communicate(timeout=max(1.0, limit_s - (time.monotonic() - begun)))
                 if process.returncode:
                     raise RuntimeError(err.decode()[-1000:])
                 document = json.loads(out)
                 curves.append({point["step"]: point["loss"] for point in document["valid_curve"]})
-                row.setdefault("resumed", document["resumed"])
-            row["difference"] = max(abs(loss - curves[1][step]) for step, loss in curves[0].items())
-            row["steps"], row["loss"] = max(curves[1]), curves[1][max(curves[1])]
+                row["resumed"] = row.get("resumed", False) or document["resumed"]
+            row["difference"], row["rounding"] = (max(abs(loss - curve[step]) for step, loss in curves[0].items()) for curve in curves[1:])
+            row["steps"], row["loss"] = max(curves[0]), curves[0][max(curves[0])]
         except (RuntimeError, subprocess.TimeoutExpired, IndexError) as error:
             row["error"] = repr(error)[:1000]
         finally:
-            for process in (alone, going):
+            for process in (alone, steps, going):
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
@@ -91,22 +95,11 @@ def prepare(folder: Path) -> None:
     (folder / "tiny.yaml").write_text(_RECIPE)
 
 
-def finetune(folder: Path, out: str, gpus: int, shard: str) -> subprocess.Popen[bytes]:
-    line = [
-        sys.executable,
-        "-m",
-        "edgelora.cli",
-        "finetune",
-        "tiny.yaml",
-        "--out",
-        out,
-        "--json",
-        "--gpus",
-        str(gpus),
-        f"--set=train.shard={shard}",
-    ]
+def finetune(folder: Path, out: str, gpus: int, shard: str, *more: str) -> subprocess.Popen[bytes]:
+    line = [sys.executable, "-m", "edgelora.cli", "finetune", "tiny.yaml", "--out", out, "--json"]
+    line += ["--gpus", str(gpus), f"--set=train.shard={shard}", *more]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    if out == "alone":
+    if gpus == 1:
         env["CUDA_VISIBLE_DEVICES"] = "0"
     return subprocess.Popen(line, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 

@@ -144,6 +144,7 @@ def headline(rows: list[dict[str, Any]]) -> list[list[str]]:
     for row in rows:
         if row["case"] == "killed" and "difference" in row:
             ended = f"all ended after {row['ended_s']:.1f} s; {row['resumed_processes']} went on: {row['difference']:.5f} of {row['loss']:.2f} apart"
+            ended += f", rounding alone {row['rounding']:.5f}"
             found.append([f"1 of {row['processes']} killed", ended])
     return found
 
