@@ -66,6 +66,7 @@ def examine() -> list[Finding]:
         _base,
         lambda: _program("Chromium", ("chromium", "chromium-browser", "google-chrome"), "benches in a browser", "chromium"),
         lambda: _program("adb", ("adb",), "benches on an Android phone", "adb"),
+        lambda: _program("ssh", ("ssh",), "benches on other Linux machines", "openssh-client"),
         *(lambda n=name: _environment(n) for name in environments.ENVIRONMENTS),
         _japanese,
     ]

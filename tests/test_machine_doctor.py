@@ -258,7 +258,7 @@ def test_examination_of_this_machine() -> None:
             "gguf",
             "compilers",
         ),
-        *("onnx", "onnxruntime", "onnxruntime-genai", "optimum", "embedded base", "Chromium", "adb"),
+        *("onnx", "onnxruntime", "onnxruntime-genai", "optimum", "embedded base", "Chromium", "adb", "ssh"),
         *(f"environment {name}" for name in environments.ENVIRONMENTS),
         "Japanese fonts",
     ]
