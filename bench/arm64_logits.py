@@ -33,7 +33,7 @@ from tests.tiny_models import tiny_model
 TYPES = ("f16", "q8_0", "q4_k_s", "q4_0")
 X64, ARM64 = ("sse42", "haswell", "zen4"), ("armv8.0_1", "armv8.2_2", "armv8.6_1")
 REFERENCE = "haswell"
-POSITIONS = 24
+POSITIONS = 16
 TOLERANCE = 0.1  # of what the type itself costs; F16, which costs nothing, gets that of Q8_0
 
 

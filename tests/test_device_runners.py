@@ -315,20 +315,20 @@ load 1.25 1.00 0.90 2/300 1234
 
 def test_the_state_of_a_device() -> None:
     now = about.state(says(STATE))
-    assert now == about.State("performance, schedutil", 72.0, "moderate", 1.25, 0.5)
-    assert about.state(says("governor \nclock \nload \n")) == about.State(None, None, None, None, None)
+    assert now == about.State("performance, schedutil", 72.0, "moderate", 1.25, 1, 0.5)
+    assert about.state(says("governor \nclock \nload \n")) == about.State(None, None, None, None, None, None)
 
 
 def test_heat_a_lower_clock_and_company_make_a_figure_doubtful() -> None:
-    cool = about.State("schedutil", 40.0, "none", 0.1, 1.0)
+    cool = about.State("schedutil", 40.0, "none", 0.1, 0, 1.0)
     assert about.doubts(cool, cool, 4, 8) == []
-    hot = about.State("schedutil", 80.0, "severe", 4.0, 0.6)
+    hot = about.State("schedutil", 80.0, "severe", 4.0, 0, 0.6)
     assert about.doubts(cool, hot, 4, 8) == [
         "the device calls its heat severe",
-        "the device lowered its clock to 60% of its maximum meanwhile",
+        "the device held its clock down to 60% of its maximum",
     ]
-    busy = about.State("schedutil", 40.0, "none", 7.5, 1.0)
-    assert about.doubts(busy, busy, 4, 8) == ["other programs ran beside our 4 threads on 8 cores (load 7.5)"]
+    busy = about.State("schedutil", 40.0, "none", 0.5, 7, 1.0)
+    assert about.doubts(busy, busy, 4, 8) == ["other programs ran beside our 4 threads on 8 cores (7 at a time)"]
 
 
 def test_thread_counts_that_are_tried() -> None:

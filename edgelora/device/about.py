@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ for c in /sys/devices/system/cpu/cpu[0-9]*/cpufreq; do
 done
 for z in /sys/class/thermal/thermal_zone*; do echo "zone $(cat $z/temp 2>/dev/null) $(cat $z/type 2>/dev/null)"; done
 dumpsys thermalservice 2>/dev/null | grep 'Thermal Status'
-echo "load $(cat /proc/loadavg 2>/dev/null)"
+for i in 1 2 3; do echo "load $(cat /proc/loadavg 2>/dev/null)"; sleep 0.1; done
 true
 """
 _EMULATORS = ("goldfish", "ranchu", "cutf_cvm")  # ro.hardware of Android's own emulators
@@ -58,14 +59,15 @@ class About:
 
 @dataclass(frozen=True)
 class State:
-    """A moment of a device: its governors, the hottest zone of its processor, Android's thermal status, load, and the share of its
-    clock's maximum that it allows itself. None where it does not tell.
+    """A moment of a device: its governors, the hottest zone of its processor, Android's thermal status, the load of the last minute,
+    threads that wanted a core just now (ours left out), and the share of its clock's maximum that it allows itself. None where it does not tell.
     """
 
     governor: str | None
     temperature_c: float | None
     thermal_status: str | None
     load_average: float | None
+    running: float | None
     clock_share: float | None
 
     def as_row(self) -> dict[str, Any]:
@@ -91,12 +93,13 @@ def state(ask: Callable[[str], Done]) -> State:
     heats = [t / (1000 if abs(t) >= 1000 else 1) for t, kind in zones if _PROCESSOR_ZONE.search(kind)]
     clocks = [int(now) / int(most) for now, most in re.findall(r"^clock (\d+) (\d+)$", text, re.M) if int(most)]
     status = re.search(r"Thermal Status: (\d)", text)
-    load = re.search(r"^load ([\d.]+)", text, re.M)
+    loads = re.findall(r"^load ([\d.]+) \S+ \S+ (\d+)/", text, re.M)
     return State(
         ", ".join(governors) or None,
         max((heat for heat in heats if -40 < heat < 150), default=None),
         _THERMAL[min(int(status[1]), len(_THERMAL) - 1)] if status else None,
-        float(load[1]) if load else None,
+        float(loads[0][0]) if loads else None,
+        statistics.median(max(0, int(running) - 1) for _, running in loads) if loads else None,
         round(min(clocks), 3) if clocks else None,
     )
 
@@ -106,11 +109,11 @@ def doubts(before: State, after: State, threads: int, cores: int) -> list[str]:
     why = []
     if after.thermal_status not in (None, "none"):
         why.append(f"the device calls its heat {after.thermal_status}")
-    if after.clock_share is not None and before.clock_share is not None and after.clock_share < before.clock_share:
-        why.append(f"the device lowered its clock to {after.clock_share:.0%} of its maximum meanwhile")
-    if before.load_average is not None and before.load_average + threads > cores + 1:
+    if after.clock_share is not None and after.clock_share < 1:
+        why.append(f"the device held its clock down to {after.clock_share:.0%} of its maximum")
+    if before.running is not None and before.running + threads > cores:  # the load of phones counts sleeping drivers too
         why.append(
-            f"other programs ran beside our {threads} thread{'' if threads == 1 else 's'} on {cores} cores (load {before.load_average:g})"
+            f"other programs ran beside our {threads} thread{'' if threads == 1 else 's'} on {cores} cores ({before.running:g} at a time)"
         )
     return why
 

@@ -110,10 +110,11 @@ def _bench(device: Transport, jobs: Sequence[Job], threads: Sequence[int], work:
         for step, (count, job) in enumerate((count, job) for count in counts for job in jobs):
             share = 0.4 + 0.6 * step / (len(counts) * len(jobs))
             progress(share, f"{seen.name}: {job.path.name}, {count} thread{'' if count == 1 else 's'}")
+            start = about.state(place.ask)
             measured = _measure(place, job, count, work, device)
-            after = about.state(place.ask)
-            entry["after"] = after.as_row()
-            why = about.doubts(before, after, count, seen.cores)
+            end = about.state(place.ask)
+            entry["after"] = end.as_row()
+            why = about.doubts(start, end, count, seen.cores)
             outcome.rows += [_row(job, seen, count, one, peaks[job.model], before.load_average, why) for one in measured]
 
 

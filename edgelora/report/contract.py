@@ -39,6 +39,7 @@ _MEANINGS = {
     "device_class": "devices whose speeds may be compared",
     "devices": "those that rows of `bench` name, and how they were before and after",
     "emulated": "no real device ran it: the row has no time, speed or memory",
+    "running": "threads that wanted a core at that moment, ours left out",
     "clock_share": "part of its highest clock that the device allows itself",
     "temperature_c": "of the hottest zone of the processor",
     "workload": "version of the text, order and warm-up: rows of another number did other work",

@@ -29,7 +29,7 @@ MACHINE = {
     "gpu": str,
     "load_average": float,
 }
-_STATE = {"governor": str, "temperature_c": float, "thermal_status": str, "load_average": float, "clock_share": float}
+_STATE = {"governor": str, "temperature_c": float, "thermal_status": str, "load_average": float, "running": float, "clock_share": float}
 _MERGE = {  # measured on valid rows; kl: to the model as training left it
     "kept": str,
     "why": str,
