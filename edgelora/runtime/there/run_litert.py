@@ -43,7 +43,7 @@ class Model:
         self.facts = {
             "context": self._steps[1].context,
             "vocabulary": self._steps[1].vocabulary,
-            "stop_ids": [token.token_ids.ids[0] for token in metadata.stop_tokens],
+            "stop_ids": [token.token_ids.ids[0] for token in metadata.stop_tokens if token.token_ids.ids],
         }
         for length in self._steps:  # only now are the weights laid out for this processor: that is part of loading
             self._step(length, [0], 0)
