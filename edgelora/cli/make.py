@@ -190,7 +190,7 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
     type=click.Choice(["auto", "nf4", "16bit"]),
     help="Which form of the base takes the adapter; default auto with --rows (both files are measured on them), else the one training saw.",
 )
-@click.option("--format", "format_", required=True, help="gguf, gguf-lora (an adapter beside its base) or onnx.")
+@click.option("--format", "format_", required=True, help="gguf, gguf-lora (an adapter beside its base), onnx, executorch, litert or mnn.")
 @click.option("--type", "type_", help="Type of the weights, e.g. q4_k_m or int4-mixed; default the format's own.")
 @click.option(
     "--tensor-type",
