@@ -22,7 +22,9 @@ try {
   await page.goto(url);
   await page.waitForFunction(() => window.model !== undefined, null, { timeout: 60000 });
   say({ result: { browser: `Chromium ${context.browser()?.version() ?? ""}`.trim() } });
-  for await (const line of createInterface({ input: process.stdin })) {
+  const lines = createInterface({ input: process.stdin });
+  lines.on("close", () => end("nobody listens any more")); // whoever drives us was killed: a call that runs is given up
+  for await (const line of lines) {
     const request = JSON.parse(line);
     try {
       say({ result: await Promise.race([page.evaluate(({ call, args }) => window.model[call](args), request), ended]) });
