@@ -16,13 +16,14 @@ reference's logits at that position; `costs_kl` what the type itself costs: its 
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 import results
 
-from edgelora import gguf_base
+from edgelora import gguf_base, machine
 from edgelora.bench import rounds
 from edgelora.export import gguf
 from edgelora.runtime import llama_cpp
@@ -67,11 +68,10 @@ def main() -> None:
                 reference = logits(runners["x64"], REFERENCE, file, ids)
                 exact = reference if exact is None else exact
                 row: dict[str, Any] = {"costs_kl": apart(exact, reference)["kl"]}
-                for processor, backends in (("x64", X64), ("arm64", ARM64)):
-                    for backend in backends:
-                        row[backend] = apart(reference, logits(runners[processor], backend, file, ids))
-                        print(name, kind, backend, row[backend], flush=True)
-                print(name, kind, "costs", row["costs_kl"], flush=True)
+                with ThreadPoolExecutor(machine.cores()) as pool:
+                    said = [pool.submit(logits, runners["arm64" if b in ARM64 else "x64"], b, file, ids) for b in (*ARM64[::-1], *X64)]
+                    row |= {b: apart(reference, one.result()) for b, one in zip((*ARM64[::-1], *X64), said, strict=True)}
+                print(name, kind, row, flush=True)
                 found.setdefault(name, {})[kind] = row
                 file.unlink()
     headline = []

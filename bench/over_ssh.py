@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from edgelora.cli import cli
 from tests.device_tools import ssh_server
 
-TURNS = 4
+TURNS = 3
 
 
 def main() -> None:
