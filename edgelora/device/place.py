@@ -86,9 +86,9 @@ class Place:
         Checksums are compared on the device: DeviceError when a file did not arrive as it is.
         """
         self._device.push(sources, f"{self.folder}/{folder}")
-        steps = [f"cd {self.folder}/{folder}", shlex.join(["sha256sum", *(source.name for source in sources)])]
+        steps = [f"cd {self.folder}/{folder}", shlex.join(["sha256sum", "--", *(source.name for source in sources)])]
         steps += [
-            shlex.join(["chmod", "700", *(source.name for source in sources)]),
+            shlex.join(["chmod", "700", "--", *(source.name for source in sources)]),
             *(shlex.join(["ln", "-sf", links[n], n]) for n in links),
         ]
         asked = self._device.run(" && ".join(steps), _SUM_S)
