@@ -1,6 +1,6 @@
 """Whether a GGUF file says the same on arm64 as on x86-64: llama.cpp's kernels of both, from one release, on the same ids.
 
-    python bench/arm64_logits.py          # needs `edgelora doctor --install arm64`, gcc-aarch64-linux-gnu and qemu-user-static
+    python bench/arm64_logits.py [--only random-256]      # needs `edgelora doctor --install arm64`, gcc-aarch64-linux-gnu and qemu-user-static
 
 arm64 runs through qemu-user, so this is about numbers and never about speed. Each type is run by several sets of kernels, as
 llama.cpp chooses them by what a processor has, and held against AVX2's:
@@ -15,6 +15,7 @@ reference's logits at that position; `costs_kl` what the type itself costs: its 
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib import util
@@ -55,11 +56,16 @@ def models(folder: Path) -> dict[str, Path]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="one of the two models: SmolLM2-135M (minutes) or random-256 (seconds)")
+    only = parser.parse_args().only
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         runners = {"x64": packaged_runner(folder / "x64", "x64"), "arm64": packaged_runner(folder / "arm64", "arm64")}
         for name, model in models(folder).items():
+            if only not in (None, name):
+                continue
             exact = None
             for kind in TYPES:
                 file = gguf.write(model, kind, folder, name, quiet)
@@ -84,8 +90,14 @@ def main() -> None:
                 f"KL at most {worst:.1e} from x86-64, {verdict} {allowed:.1e}; logits moved by {max(row[b]['moved'] for b in ARM64):.3f} SD"
             )
             headline.append([f"{name} {kind}", figures])
-    command = "python bench/arm64_logits.py"
-    results.save("arm64-logits", command, ("llama-cpp-python", "numpy"), headline, {"models": found, "positions": POSITIONS})
+    command = "python bench/arm64_logits.py" + (f" --only {only}" if only else "")
+    results.save(
+        f"arm64-logits-{only}".lower() if only else "arm64-logits",
+        command,
+        ("llama-cpp-python", "numpy"),
+        headline,
+        {"models": found, "positions": POSITIONS},
+    )
 
 
 if __name__ == "__main__":
