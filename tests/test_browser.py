@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,8 +162,30 @@ def test_a_crash_of_the_page_is_an_error_and_leaves_nothing_behind(files: dict[s
     assert "free some memory" in caught.value.hint
     with pytest.raises(EdgeloraError, match="is closed"):
         session.time([1, 2, 3], 2)
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{p}/cmdline").exists() and Path(f"/proc/{p}/cmdline").read_bytes() for p in pids):
+    _wait_until_gone(pids)
+
+
+@there
+def test_a_killed_bench_leaves_no_browser_behind(files: dict[str, Path]) -> None:
+    program = (
+        "import sys, pathlib; from edgelora.runtime import runtime\n"
+        "session = runtime('onnxruntime-web').open(pathlib.Path(sys.argv[1]), 1)\n"
+        "print(*session.page.tree.pids(), flush=True)\n"
+        "while True: session.time([5, 6, 7], 200)"
+    )
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", program, str(files["onnxruntime-web"])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}) as bench_process:
+        assert bench_process.stdout
+        pids = list(map(int, bench_process.stdout.readline().split()))
+        bench_process.kill()
+    assert len(pids) > 3
+    _wait_until_gone(pids)
+
+
+def _wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(map(_cmdline, pids)):
         assert time.monotonic() < deadline, "Chromium lives on"
         time.sleep(0.1)
 
@@ -240,9 +264,6 @@ def test_which_runtime_opens_a_file_in_a_browser(files: dict[str, Path], tmp_pat
 
 
 def test_a_tree_of_processes_is_told_as_one(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     grown = "x = bytearray(60 << 20); x[::4096] = b'1' * len(x[::4096])\nwhile True: sum(range(10000))"
     started = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grown!r}]); time.sleep(60)"
     shell = subprocess.Popen(["sh", "-c", f"{sys.executable} -c {json.dumps(started)} & wait"], start_new_session=True)
