@@ -182,9 +182,9 @@ def test_a_rounded_file_answers_alike_and_a_damaged_one_says_so(tmp_path: Path) 
         with runtime.open(path, 1) as session:
             found = session.score(ids).astype(np.float64)
         kl[type] = float((np.exp(expected) * (expected - found)).sum(-1).mean())
-        assert path.stat().st_size == pytest.approx(executorch.predict_bytes(model, type), rel=0.5)  # a tiny file is mostly program
-    assert 1e-6 < kl["int8"] < 0.02
-    assert kl["int8"] < kl["int4"] < 0.5
+        assert path.stat().st_size == pytest.approx(executorch.predict_bytes(model, type), rel=0.15)  # a tiny file is mostly program
+    assert 1e-6 < kl["int8"] < 0.1
+    assert 5 * kl["int8"] < kl["int4"] < 3  # random weights take rounding badly; uniform guesses would be at 6
     cut = tmp_path / "cut.pte"
     cut.write_bytes(paths["int4"].read_bytes()[:-4000])
     with pytest.raises(ModelError, match="executorch"):
