@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from edgelora import doctor
 from edgelora import recipe as recipes
 from edgelora.data.lengths import Lengths
 from edgelora.data.split import Dataset
 from edgelora.errors import ModelError
-from edgelora.export import sizes, stage
+from edgelora.export import PLANNERS, sizes, stage
 from edgelora.gpus import Gpu, Table
 from edgelora.outline import Outline
 from edgelora.train import adapter, room
@@ -131,9 +132,10 @@ def later(recipe: recipes.Recipe, base: Outline, cores: int, files: Sequence[dic
         module = stage.format_module(section.format)
         peak = streamed + largest  # the file is open beside it
         if hasattr(module, "estimate_of"):  # on one core
+            kind = section.type or doctor.load(PLANNERS[section.format]).STANDS_FOR
             weighed = section.importance is not False and hasattr(module, "gains_of")
-            rounded = weighed and module.gains_of(base.config, section.type, section.exporter)
-            own = module.estimate_of(base.config, base.shapes, section.type, rounded)
+            rounded = weighed and module.gains_of(base.config, kind, section.exporter)
+            own = module.estimate_of(base.config, base.shapes, kind, rounded)
             seconds, peak = own["seconds"], max(peak, own["peak_bytes"])
         else:
             seconds = next((s for name, s in _QUANTIZE.items() if str(section.type).startswith(name)), _OTHERS_QUANTIZE) * billions / cores

@@ -83,7 +83,7 @@ def _stages(recipe: recipes.Recipe, base: models.Base, dataset: Dataset, out: Pa
     for number, (section, module) in enumerate(zip(recipe.exports, modules, strict=True)):
         if section.planned:
             within = _within(progress, number / len(recipe.exports), 1 / len(recipe.exports))
-            pairs.append(_planned(recipe, base, model, section, dataset, rows, out, within))
+            pairs.append(_planned(recipe, base, model if module.MERGES else written, section, dataset, rows, out, within))
             continue
         made: list[Artifact] = []
         # what an adapter file is compared with is the base alone
@@ -143,6 +143,7 @@ def _planned(
         out,
         "",
         lambda s, t: progress(0.5 * s, t),
+        section.format,
     )
     made: list[Artifact] = []
     for source, prefix in ((model, ""), (tuned.plain(base.folder, base.key), "base-")):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from edgelora import settings
 from edgelora.errors import RecipeError
+from edgelora.export import PLANNERS
 
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(B|kB|KB|MB|GB|KiB|MiB|GiB)\s*$")
 _UNITS = {"B": 1, "kB": 1000, "KB": 1000, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -125,9 +126,9 @@ class Export:
     activations: Literal["int8", "fp32"] | None = None  # what a matrix's inputs are rounded to (ONNX). None: int8, the fastest
     exporter: Literal["builder", "optimum"] | None = None  # of ONNX: onnxruntime-genai's model builder (None too), or Hugging Face's
     target: Literal["web"] | None = None  # web: beside it a folder that browsers load, with a page to chat (ONNX)
-    max_size: str | None = None  # e.g. 90MB, instead of a type: the best type for every tensor within that size (GGUF)
-    max_kl: float | None = None  # or: the smallest file that is predicted to stay that close to the trained model, nats a token (GGUF)
-    min_score: float | None = None  # or: the smallest file that was measured to score that on `valid`, above 0 and at most 1 (GGUF)
+    max_size: str | None = None  # e.g. 90MB, instead of a type: the best type for every tensor within that size (GGUF, ONNX)
+    max_kl: float | None = None  # or: the smallest file that is predicted to stay that close to the trained model, nats a token
+    min_score: float | None = None  # or: the smallest file that was measured to score that on `valid`, above 0 and at most 1
 
     @property
     def planned(self) -> bool:
@@ -310,10 +311,14 @@ def budget_problem(section: Export) -> str | None:
     """What is wrong with an export's max_size, max_kl or min_score; None when it asks for none, or in a way that can be served."""
     if not section.planned:
         return None
-    if section.format != "gguf":
-        return f"{section.format} cannot be planned to a size or loss: name a type, or export to gguf"
-    if section.type is not None or section.tensor_types:
+    if section.format not in PLANNERS:
+        return f"{section.format} cannot be planned to a size or loss: name a type, or export to {' or '.join(PLANNERS)}"
+    if section.type is not None or section.tensor_types or section.block is not None:
         return "a type and a budget exclude one another: the plan chooses a type for every tensor"
+    if section.importance is False:
+        return "a plan rounds by what training rows say: leave importance out"
+    if section.exporter == "optimum":
+        return "optimum's graph cannot be planned to a size or loss: leave the exporter out"
     if sum(limit is not None for limit in (section.max_size, section.max_kl, section.min_score)) > 1:
         return "max_size, max_kl and min_score exclude one another: name one, the others are measured and reported"
     if section.max_kl is not None and section.max_kl <= 0:

@@ -255,7 +255,7 @@ def test_a_plan_of_another_model_is_refused(model: Path, exported: Artifact, tmp
 @pytest.mark.parametrize(
     "section",
     [
-        recipes.Export("onnx", max_size="1MB"),
+        recipes.Export("gguf-lora", max_size="1MB"),
         recipes.Export("gguf", "q4_0", max_size="1MB"),
         recipes.Export("gguf", max_size="1MB", max_kl=0.1),
         recipes.Export("gguf", max_kl=0.1, min_score=0.5),

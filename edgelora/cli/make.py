@@ -209,14 +209,14 @@ def merge(echo: Output, adapter: Path, recipe: Path, into: str | None, overrides
 @click.option(
     "--target", "target_", type=click.Choice(["web"]), help="web: beside it a folder that browsers load, with a page to chat (ONNX)."
 )
-@click.option("--max-size", metavar="SIZE", help="Instead of a type: the best type for every tensor within that size, e.g. 90MB (GGUF).")
 @click.option(
-    "--max-kl", type=float, help="Instead of a type: the smallest file predicted to stay that close to the model, nats a token (GGUF)."
+    "--max-size", metavar="SIZE", help="Instead of a type: the best type for every tensor within that size, e.g. 90MB (GGUF, ONNX)."
 )
+@click.option("--max-kl", type=float, help="Instead of a type: the smallest file predicted to stay that close to the model, nats a token.")
 @click.option(
     "--min-score",
     type=float,
-    help="Instead of a type: the smallest file measured to get that share of --rows' answers right, e.g. 0.8 (GGUF).",
+    help="Instead of a type: the smallest file measured to get that share of --rows' answers right, e.g. 0.8.",
 )
 @click.option("--plan", "plan_", type=PATH, help="Types of an earlier --max-size export: its plan.json. Nothing is compared again.")
 @click.option("--imatrix", type=PATH, help="Importance matrix (GGUF); default what `edgelora run` measured on this model, if anything.")
@@ -320,7 +320,7 @@ def export(
             from edgelora.export import budget
 
             wish = into or source.held
-            known = artifact.measured_on(target, "curvature", source.key) or budget.measure(
+            known = budget.measured(target, format_, source.key) or budget.measure(
                 source,
                 budget.merged_into(source, wish),
                 encoded[::2],
@@ -329,6 +329,7 @@ def export(
                 target,
                 "",
                 lambda share, text: progress("curvature", share, text),
+                format_,
             )
             done = budget.export(
                 source,

@@ -30,3 +30,21 @@ FORMATS = {
     "litert": "edgelora.export.litert",
     "mnn": "edgelora.export.mnn",
 }
+
+# Formats whose files can be planned to a size or a loss (`budget`) -> a module with
+#
+#   MEASURED: str                           # stage and kind of what was measured on training rows
+#   COMPETING: tuple[str, ...]              # ways of rounding whose plans are both written and measured: "compensated", "nearest"
+#   ENDING: str                             # of the file's or folder's name
+#   STANDS_FOR: str                         # the type whose memory, and whose name for browsers, a planned file has
+#   SETTINGS: tuple[str, ...]               # further keys of recipe.Export that `open` takes
+#   PACKAGES: tuple[str, ...]               # whose versions decide what the file is
+#   def matrices(model, name, weights=None) -> tuple[int, dict[str, Matrix]]    # bytes of all else, and what has a choice; from headers alone
+#   def mixture(model, name, plan, weights=None) -> dict                        # bits a weight, how many matrices of each type
+#   def open(described, name, weights, scratch, threads, progress, **settings) -> Writer
+#
+# `budget.Matrix` and `budget.Writer` say what those two can do.
+PLANNERS = {
+    "gguf": "edgelora.export.gguf_plan",
+    "onnx": "edgelora.export.onnx_plan",
+}

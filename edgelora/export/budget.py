@@ -1,33 +1,35 @@
 """Export within a size or a loss: measure how much each matrix matters, plan, write the best plans, measure them, keep the best.
 
 Predictions choose a plan for each way of rounding; the files are then written and compared with the model as trained,
-in the runtime of their users, on rows that choose. Rows that report are never seen here.
+in the runtime of their users, on rows that choose. Rows that report are never seen here. What a matrix may be stored as,
+and how a file is written, is the format's own (PLANNERS in `edgelora.export`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
-import numpy as np
-
-from edgelora import artifact, labels, merge, models
+from edgelora import artifact, doctor, labels, merge, models
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
 from edgelora.errors import ModelError, Unsupported
-from edgelora.export import beside, gguf, verify
+from edgelora.export import PLANNERS, beside, stage, verify
 from edgelora.export.referee import Referee, part
 from edgelora.export.reference import Reference
-from edgelora.quant import compensate, curvature, ggml, sensitivity, size_plan
-from edgelora.quant.ggml import Type
+from edgelora.quant import curvature, size_plan
+from edgelora.quant.compensate import Rounding
+from edgelora.quant.curvature import Curvature
 from edgelora.quant.size_plan import Menu, Option, Plan
+from edgelora.runtime import runtimes_of
 from edgelora.tuned import Tuned
 from edgelora.weights import Checkpoint
 
@@ -38,11 +40,35 @@ _MOMENTS, _MENUS = "moments.safetensors", "menus.json"
 _COLLECTING = 0.5  # of the time that `measure` takes
 _SHRINK = 0.2  # of the correlations between inputs, estimated from few rows; less lets feedback overshoot the blocks (bench/NOTES.md)
 _ROUNDINGS = {"compensated": True, "nearest": False}
-# A file is named in llama.cpp's header after the type that most of its bytes have.
-_NAMES = {
-    Type.Q2_K: "q2_k", Type.Q3_K: "q3_k_m", Type.IQ4_XS: "iq4_xs", Type.Q4_0: "q4_0", Type.IQ4_NL: "iq4_nl", Type.Q4_K: "q4_k_m",
-    Type.Q4_1: "q4_1", Type.Q5_0: "q5_0", Type.Q5_K: "q5_k_m", Type.Q5_1: "q5_1", Type.Q6_K: "q6_k", Type.Q8_0: "q8_0", Type.F16: "f16",
-}  # fmt: skip
+
+
+class Matrix(Protocol):
+    """A matrix that has a choice: how many `weights`, of how many `pieces` whose rounding errors are told apart."""
+
+    @property
+    def weights(self) -> int: ...
+
+    @property
+    def pieces(self) -> int: ...
+
+    def options(self) -> dict[str, tuple[int, float]]:
+        """Type -> bytes that it adds to the file, and bits a weight."""
+
+    def costs(self, found: Curvature, rounding: Rounding, together: int) -> dict[str, float]:
+        """Type -> predicted KL divergence, nats an answer token; `together` as in `Curvature.cost`."""
+
+
+class Writer(Protocol):
+    """`fixed_bytes` is what a file has beside its matrices: exact, or the most that it can be."""
+
+    @property
+    def fixed_bytes(self) -> int: ...
+
+    def write(self, plan: Plan, moments: curvature.Moments, rounding: Rounding, place: Path, progress: Progress) -> Path:
+        """The file of a plan, below `place`; ModelError for a type that a matrix cannot have."""
+
+    def widest(self, place: Path) -> Path:
+        """The same weights in the format's widest type."""
 
 
 def label(section: recipes.Export) -> str:
@@ -53,22 +79,32 @@ def label(section: recipes.Export) -> str:
 
 
 def measure(
-    model: Tuned, base: str, calibration: Sequence[Encoded], name: str, threads: int, out: Path, prefix: str, progress: Progress
+    model: Tuned,
+    base: str,
+    calibration: Sequence[Encoded],
+    name: str,
+    threads: int,
+    out: Path,
+    prefix: str,
+    progress: Progress,
+    format: str = "gguf",
 ) -> Artifact:
-    """The curvature of `model`, merged into `base`, on training rows, and what every type of every matrix would cost; once a model."""
+    """The curvature of `model`, merged into `base`, on training rows, and what every type of every matrix would cost; once a model and format."""
+    planner = _planner(format)
 
     def make(folder: Path) -> dict[str, Any]:
         scratch = folder / ".scratch"
         scratch.mkdir()
         described = model.folder or model.describe(scratch)
-        weights = model.merged(base)
+        weights = _weights(model, base)
         learned, judged = curvature.divided(calibration)
         opened = curvature.open_model(described, weights, threads)
         found = curvature.collect(opened, learned, lambda share, text: progress(_COLLECTING * share, text), judged)
         curvature.save(found, folder / _MOMENTS)
         moments = curvature.Moments(folder / _MOMENTS)
-        fixed, matrices = gguf.matrices(described, name, weights)
-        menus = _costs(matrices, found, moments, threads, lambda share, text: progress(_COLLECTING + (1 - _COLLECTING) * share, text))
+        fixed, matrices = planner.matrices(described, name, weights)
+        step = lambda share, text: progress(_COLLECTING + (1 - _COLLECTING) * share, text)  # noqa: E731
+        menus = _costs(planner.COMPETING, matrices, found, moments, threads, step)
         shutil.rmtree(scratch)
         text = {rounding: size_plan.menu_as_dict(Menu(options, fixed)) for rounding, options in menus.items()}
         (folder / _MENUS).write_text(json.dumps(text), encoding="utf-8")
@@ -76,8 +112,8 @@ def measure(
 
     return artifact.build(
         out,
-        f"{prefix}curvature",
-        "curvature",
+        f"{prefix}{planner.MEASURED}",
+        planner.MEASURED,
         make,
         made_from={"model": model.key, "rows": merge.rows_key(calibration)},
         recipe={"base": base, "name": name, "shrink": _SHRINK},
@@ -86,26 +122,36 @@ def measure(
     )
 
 
+def measured(out: Path, format: str, model_key: str) -> Artifact | None:
+    """What `measure` left below `out` for the model with that key, None when there is nothing."""
+    return artifact.measured_on(out, _planner(format).MEASURED, model_key)
+
+
 def _costs(
-    matrices: Mapping[str, gguf.Matrix], found: curvature.Curvature, moments: curvature.Moments, threads: int, progress: Progress
+    competing: Sequence[str],
+    matrices: Mapping[str, Matrix],
+    found: Curvature,
+    moments: curvature.Moments,
+    threads: int,
+    progress: Progress,
 ) -> dict[str, dict[str, tuple[Option, ...]]]:
     """What each type of each matrix costs, by way of rounding. ggml and numpy let other threads run while they compute."""
+    together = sum(matrix.pieces for matrix in matrices.values())
 
     def options(key: str, compensated: bool) -> tuple[Option, ...]:
-        matrix = matrices[key]
-        costs = sensitivity.costs(key, matrix.read(), found, compensate.Rounding(moments, compensated, _SHRINK), len(matrices))
-        return tuple(Option(kind.name, matrix.bytes(kind), cost) for kind, cost in costs.items())
+        costs = matrices[key].costs(found, Rounding(moments, compensated, _SHRINK), together)
+        return tuple(Option(kind, n_bytes, costs[kind]) for kind, (n_bytes, _) in matrices[key].options().items())
 
-    menus: dict[str, dict[str, tuple[Option, ...]]] = {rounding: {} for rounding in _ROUNDINGS}
-    largest_first = sorted(matrices, key=lambda key: -matrices[key].bytes(Type.F16))
-    total, done = len(_ROUNDINGS) * sum(matrix.bytes(Type.F16) for matrix in matrices.values()), 0
+    menus: dict[str, dict[str, tuple[Option, ...]]] = {rounding: {} for rounding in competing}
+    largest_first = sorted(matrices, key=lambda key: -matrices[key].weights)
+    total, done = len(menus) * sum(matrix.weights for matrix in matrices.values()), 0
     with ThreadPoolExecutor(threads) as pool:
-        jobs = {pool.submit(options, key, compensated): (key, name) for key in largest_first for name, compensated in _ROUNDINGS.items()}
+        jobs = {pool.submit(options, key, _ROUNDINGS[name]): (key, name) for key in largest_first for name in menus}
         try:
             for job in as_completed(jobs):
                 key, name = jobs[job]
                 menus[name][key] = job.result()
-                done += matrices[key].bytes(Type.F16)
+                done += matrices[key].weights
                 progress(done / total, f"{key}, {name} rounding")
         finally:
             pool.shutdown(cancel_futures=True)
@@ -121,8 +167,8 @@ def menus(made: Artifact) -> dict[str, Menu]:
     """The menu of each way of rounding; ModelError when the artifact is damaged."""
     try:
         values = json.loads((made.path / _MENUS).read_text(encoding="utf-8"))
-        return {rounding: size_plan.menu_of(values[rounding]) for rounding in _ROUNDINGS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {rounding: size_plan.menu_of(values[rounding]) for rounding in values}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{made.path.name}/{_MENUS} is damaged: {error}", "remove the folder and run the same command again") from error
 
 
@@ -143,12 +189,13 @@ def export(
     origin: beside.Origin | None = None,
     progress: Progress,
 ) -> Artifact:
-    """Write `model` as the best GGUF file within the section's budget, and verify it.
+    """Write `model` as the best file of the section's format within its budget, and verify it.
 
     `known` comes from `measure`; `rows` choose between plans. With `plan`, a plan.json of an earlier export, its types
     are used and nothing is planned or compared. `origin` is for the model card. Raises Unsupported, naming what can be
     reached, when the budget cannot be met, and VerifyError as every export does.
     """
+    module, planner = stage.format_module(section.format), _planner(section.format)
     base = merged_into(model, merge_base)
     kind = label(section) if section.planned else "plan"
     checked = rows[: limits.verify_rows]
@@ -157,51 +204,59 @@ def export(
         scratch = folder / ".scratch"
         scratch.mkdir()
         described = model.folder or model.describe(scratch)
+        weights = _weights(model, base)
+        given = size_plan.read_plan(plan) if plan else None
+        if given:
+            _same_model(given[0], planner.matrices(described, name, weights)[1])
         moments = curvature.Moments(known.path / _MOMENTS)
         progress(0.0, "running the model as trained")
         reference = model.as_trained(rows, threads)
+        writer: Writer = planner.open(described, name, weights, scratch, threads, part(progress, 0, 3), **_settings(planner, section))
 
         def write(rounding: str, chosen: Plan, step: Progress) -> Path:
             place = Path(tempfile.mkdtemp(dir=scratch))
-            return _write(described, name, model.merged(base), moments, chosen, _ROUNDINGS[rounding], place, step, threads)
+            return Path(writer.write(chosen, moments, Rounding(moments, _ROUNDINGS[rounding], _SHRINK), place, step))
 
-        def widest() -> Path:
-            return gguf.write(described, "f16", scratch, "widest", lambda share, text: None, weights=model.merged(base), threads=threads)
-
-        menus_ = menus(known)
-        referee = Referee(write, reference, rows, _answers(described, model), threads)
+        menus_ = {rounding: replace(menu, fixed_bytes=writer.fixed_bytes) for rounding, menu in menus(known).items()}
+        referee = Referee(write, reference, rows, _answers(described, model), module.RUNTIME, threads)
         step = part(progress, 1, 3)
-        if plan:
-            given, compensated = size_plan.read_plan(plan)
-            kept, tried = referee.best({"compensated" if compensated else "nearest": given}, step)
+        if given:
+            kept, tried = referee.best({next(r for r, c in _ROUNDINGS.items() if c == given[1]): given[0]}, step)
         elif section.min_score is not None:
             kept, tried = referee.smallest("compensated", menus_["compensated"], section.min_score, step)
         else:
             kept, tried = referee.best(_planned(menus_, section, referee, step), part(step, 0, 2))
             tried += referee.neighbours(kept, menus_[kept.rounding], part(step, 1, 2))
         chosen = kept.plan
-        final = kept.file.rename(folder / f"{name}-{kind}.gguf")
-        progress(0.9, f"opening {final.name} in {gguf.RUNTIME}")
+        final = kept.file.rename(folder / f"{name}-{kind}{planner.ENDING}")
+        progress(0.9, f"opening {final.name} in {module.RUNTIME}")
         found = verify.verify(
-            described, final, gguf.RUNTIME, reference, checked, limits.max_kl, threads,
-            full_precision=widest, merged=lambda: Reference(described, model.merged(base), None, checked, threads),
+            described, final, module.RUNTIME, reference, checked, limits.max_kl, threads,
+            full_precision=lambda: writer.widest(scratch),
+            merged=lambda: Reference(described, weights, None, checked, threads),
         )  # fmt: skip
+        if others := [other for other in module.FURTHER if other in runtimes_of(final)]:
+            progress(0.95, f"opening {final.name} in {', '.join(others)}")
+            found["further"] = verify.further(final, module.RUNTIME, others, checked, threads)
+        if section.target == "web":
+            progress(0.97, "writing the folder for browsers")
+            found["web"] = stage.for_browsers(final, planner.STANDS_FOR, folder / f"{name}-{kind}-web", threads)
         frontier = {
-            "candidates": [one.as_row() for one in sorted(tried, key=lambda one: one.plan.size_bytes)],
-            "frontier": [{"size_bytes": p.size_bytes, "predicted_kl": p.kl} for p in menus_[kept.rounding].frontier()],
+            "candidates": [one.as_row() for one in sorted(tried, key=lambda one: one.size_bytes)],
+            "frontier": [{"size_bytes": p.size_bytes, "predicted_kl": p.kl} for p in menus_[_menu_of(kept.rounding, menus_)].frontier()],
         }
         size_plan.write_plan(folder / PLAN, chosen, _ROUNDINGS[kept.rounding], frontier)
-        weights = gguf.mixture(described, *_types(chosen, gguf.matrices(described, name, model.merged(base))[1], {}), model.merged(base))
+        mixture = planner.mixture(described, name, chosen, weights)
         shutil.rmtree(scratch)
         facts = {
             "file": final.name,
-            "format": "gguf",
+            "format": section.format,
             "type": kind,
-            "runtime": gguf.RUNTIME,
-            "size_bytes": final.stat().st_size,
+            "runtime": module.RUNTIME,
+            "size_bytes": stage.size_bytes(final),
             "predicted_bytes": chosen.size_bytes,
             **found,
-            "weights": weights,
+            "weights": mixture,
             "plan": {"kept": kept.rounding, **frontier},
             **({"labels": list(model.labels)} if model.labels else {}),
         }
@@ -210,7 +265,7 @@ def export(
 
     return artifact.build(
         out,
-        f"{prefix}gguf-{kind}",
+        f"{prefix}{section.format}-{kind}",
         "export",
         make,
         made_from={
@@ -220,8 +275,15 @@ def export(
             "rows": merge.rows_key(rows),
             **({"plan": artifact.sha256(plan)} if plan else {}),
         },
-        recipe={"format": "gguf", "type": kind, "name": name, "max_kl": limits.max_kl, "into": base},
-        versions=artifact.versions_of("gguf", "llama-cpp-python"),
+        recipe={
+            "format": section.format,
+            "type": kind,
+            "name": name,
+            "max_kl": limits.max_kl,
+            "into": base,
+            **{key: value for key in ("activations", "target") if (value := getattr(section, key)) is not None},
+        },
+        versions=artifact.versions_of(*planner.PACKAGES),
         rows=rows_from,
     )
 
@@ -231,20 +293,20 @@ def predict(model: Path, section: recipes.Export, name: str) -> tuple[int, dict[
 
     The real plan knows which matter and keeps the same limit. For max_kl and min_score, which say nothing about bytes, the largest plan.
     """
-    fixed, matrices = gguf.matrices(model, name)
-    weights = {key: math.prod(matrix.shape) for key, matrix in matrices.items()}
+    planner = _planner(section.format)
+    fixed, matrices = planner.matrices(model, name)
+    total = sum(matrix.weights for matrix in matrices.values())
     options = {
         key: tuple(
             # a bit more makes a rounding error's square a quarter
-            Option(kind.name, matrix.bytes(kind), weights[key] / sum(weights.values()) * 4.0 ** -ggml.bits(kind))
-            for kind in sensitivity.candidates(matrix.shape[-1])
+            Option(kind, n_bytes, matrix.weights / total * 4.0**-bits)
+            for kind, (n_bytes, bits) in matrix.options().items()
         )
         for key, matrix in matrices.items()
     }
     menu = Menu(options, fixed, measured=False)
     plan = menu.plan(recipes.size_bytes(section.max_size) if section.max_size is not None else menu.frontier()[-1].size_bytes)
-    kind, importance, tensor_types = _types(plan, matrices, {})
-    return plan.size_bytes, gguf.mixture(model, kind, importance, tensor_types)
+    return plan.size_bytes, planner.mixture(model, name, plan)
 
 
 def lines(facts: Mapping[str, Any]) -> list[str]:
@@ -284,40 +346,24 @@ def _answers(described: Path, model: Tuned) -> list[list[int]]:
     return labels.ids(models.open_tokenizer(described), [("user", "")], model.labels)[1] if model.labels else []
 
 
-def _write(
-    described: Path,
-    name: str,
-    weights: Checkpoint,
-    moments: curvature.Moments,
-    plan: Plan,
-    compensated: bool,
-    place: Path,
-    step: Progress,
-    threads: int,
-) -> Path:
-    """The file of a plan; ModelError when the plan is one of another model."""
-    _, matrices = gguf.matrices(described, name, weights)
+def _planner(format: str) -> ModuleType:
+    return doctor.load(PLANNERS[format])
+
+
+def _weights(model: Tuned, base: str) -> Checkpoint:
+    return Checkpoint(model.folder) if model.folder else model.merged(base)
+
+
+def _settings(planner: ModuleType, section: recipes.Export) -> dict[str, Any]:
+    """What of a section the format's planner takes beside the budget."""
+    return {key: getattr(section, key) for key in planner.SETTINGS}
+
+
+def _same_model(plan: Plan, matrices: Mapping[str, Matrix]) -> None:
     if strange := set(plan.types) ^ set(matrices):
         raise ModelError(f"the plan is of another model: {min(strange)} is not in both", "make a plan for this one with --max-size")
-    unknown = next((kind for kind in plan.types.values() if kind not in Type.__members__), None)
-    if unknown:
-        raise ModelError(f"the plan holds the unknown type {unknown!r}", "make a plan with --max-size")
-    kind, importance, tensor_types = _types(plan, matrices, moments.importance())
-    rounding = compensate.Rounding(moments, compensated, _SHRINK)
-    written = gguf.write(described, kind, place, name, step, importance, tensor_types, weights, rounding, threads)
-    return written.rename(place / _file_name(name))
 
 
-def _types(
-    plan: Plan, matrices: Mapping[str, gguf.Matrix], importance: dict[str, np.ndarray]
-) -> tuple[str, dict[str, np.ndarray], list[str]]:
-    """A plan as `gguf.write` takes it: llama.cpp's name of the type that most bytes have, and every tensor's type by hand."""
-    totals: dict[str, int] = {}
-    for key, kind in plan.types.items():
-        totals[kind] = totals.get(kind, 0) + matrices[key].bytes(Type[kind])
-    main = _NAMES.get(Type[max(totals, key=lambda kind: totals[kind])], "f16")
-    return main, importance, [f"^{key.replace('.', '[.]')}$={kind.lower()}" for key, kind in plan.types.items()]
-
-
-def _file_name(name: str) -> str:
-    return f"{name}.gguf"
+def _menu_of(rounding: str, menus: Mapping[str, Menu]) -> str:
+    """The menu that says what other sizes would cost; a plan from elsewhere may be rounded in a way that none was made for."""
+    return rounding if rounding in menus else next(iter(menus))

@@ -17,7 +17,8 @@ from edgelora.runtime.onnx_folder import GRAPH
 
 BLOCK = 32  # weights that share a scale
 _DATA = f"{GRAPH}.data"
-_TABLE = "model.embed_tokens.weight_quantized"
+_LARGE, _PAGE = 1 << 20, 1 << 16
+TABLE = "model.embed_tokens.weight_quantized"
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def tidy(
         tensors = {t.name: t for t in model.graph.initializer}
         arrays |= rounding(model.graph, lambda name: _external_array(tensors[name], folder).reshape(-1).view(np.uint8))
         head = next(n for n in model.graph.node if n.name.startswith("/lm_head/"))
-        if tied and _TABLE in tensors and head.input[1] in arrays:
-            arrays[_TABLE] = arrays[head.input[1]]
-    _repack(model.graph, folder, arrays)
+        if tied and TABLE in tensors and head.input[1] in arrays:
+            arrays[TABLE] = arrays[head.input[1]]
+    repack(model.graph, folder, folder, arrays)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -98,14 +99,14 @@ def _quantize_embedding(graph: onnx.GraphProto, folder: Path, tied: bool) -> dic
     if tied:
         alias = onnx.TensorProto()
         alias.CopyFrom(tensors[head.input[1]])
-        alias.name = _TABLE
+        alias.name = TABLE
         alias.dims[:] = [settings["N"], settings["K"] * settings["bits"] // 8]
         names, bits, block = [alias.name, *head.input[2:]], settings["bits"], settings["block_size"]
         graph.initializer.append(alias)
     else:
         bits, block = 8, BLOCK
         table, scales = _round_rows(_external_array(tensors[lookup.input[0]], folder), block)
-        arrays = {_TABLE: table, "model.embed_tokens.weight_scales": scales}
+        arrays = {TABLE: table, "model.embed_tokens.weight_scales": scales}
         names = list(arrays)
         for name, array in arrays.items():
             graph.initializer.add(name=name, data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
@@ -153,21 +154,28 @@ def _remove(graph: onnx.GraphProto, name: str) -> None:
         graph.value_info.remove(value)
 
 
-def _repack(graph: onnx.GraphProto, folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the data file anew with what the graph still names, `arrays` included; equal spans are written once.
+def aligned(length: int) -> int:
+    """What a tensor of `length` bytes takes in the data file: those of a mebibyte and more start at a multiple of 64 KiB, so
+    that every system can map them into memory, the others at one of 64 bytes."""
+    step = _PAGE if length >= _LARGE else 64
+    return -(-length // step) * step
 
-    Tensors of a mebibyte and more start at a multiple of 64 KiB, so that every system can map them into memory.
+
+def repack(graph: onnx.GraphProto, source: Path, folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write the data file of `folder` with what the graph names, from `arrays` or else `source`'s; equal spans are written once.
+
+    Large tensors come first, so none takes more than `aligned` says.
     """
-    source, target = folder / _DATA, folder / f"{_DATA}.new"
+    target = folder / f"{_DATA}.new"
     written: dict[tuple[object, str], int] = {}
-    with source.open("rb") as old, target.open("wb") as new:
-        for tensor in graph.initializer:
-            entry = {e.key: e.value for e in tensor.external_data}
-            array = arrays.get(tensor.name)
-            length = int(entry["length"]) if array is None else array.nbytes
+    entries = {tensor.name: {e.key: e.value for e in tensor.external_data} for tensor in graph.initializer}
+    lengths = {name: arrays[name].nbytes if name in arrays else int(entry["length"]) for name, entry in entries.items()}
+    with (source / _DATA).open("rb") as old, target.open("wb") as new:
+        for tensor in sorted(graph.initializer, key=lambda tensor: lengths[tensor.name] < _LARGE):
+            entry, array, length = entries[tensor.name], arrays.get(tensor.name), lengths[tensor.name]
             span = (id(array), "") if array is not None else (entry["offset"], entry["length"])
             if span not in written:
-                new.seek(-new.tell() % (1 << 16 if length >= 1 << 20 else 64), os.SEEK_CUR)
+                new.seek(-new.tell() % (_PAGE if length >= _LARGE else 64), os.SEEK_CUR)
                 written[span] = new.tell()
                 if array is None:
                     old.seek(int(entry["offset"]))
@@ -179,7 +187,7 @@ def _repack(graph: onnx.GraphProto, folder: Path, arrays: Mapping[str, np.ndarra
             for key, value in (("location", _DATA), ("offset", written[span]), ("length", length)):
                 tensor.external_data.add(key=key, value=str(value))
             tensor.data_location = onnx.TensorProto.EXTERNAL
-    target.replace(source)
+    target.replace(folder / _DATA)
 
 
 def _copy(old: BinaryIO, new: BinaryIO, length: int) -> None:

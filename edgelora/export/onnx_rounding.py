@@ -8,7 +8,8 @@ and nodes stay as the builder wrote them, so nothing changes for whoever runs th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ Progress = Callable[[float, str], None]
 
 SHRINK = 0.2  # of the correlations between inputs, which few rows estimate (bench/NOTES.md)
 _FAR = 0.35  # relative error above which a stored matrix is not the checkpoint's: 4 bits are near 0.1
-_LAYER = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)_proj/MatMul")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)_proj")
 _PARTS = {"qkv": ("q", "k", "v")}
 
 
@@ -41,14 +42,15 @@ def rounded(
     nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
     arrays: dict[str, np.ndarray] = {}
     for number, node in enumerate(nodes):
-        progress(number / len(nodes), f"rounding {node.name.split('/MatMul')[0].lstrip('/')}")
+        progress(number / len(nodes), f"rounding {matrix_of(node)}")
         attributes = {a.name: a.i for a in node.attribute}
         if attributes["bits"] != 4:
             continue
         names = list(node.input)
         layout = Layout(4, attributes["block_size"], len(names) > 3 and bool(names[3]))
-        values, tensor = _matrix(node.name, weights, config)
-        found = moments(gguf_names[tensor])
+        pieces = parts(matrix_of(node), weights.shapes)
+        values = np.concatenate([piece.read(weights) for piece in pieces])
+        found = moments(gguf_names[pieces[0].tensor])  # all have the same inputs
         if found is None:
             continue
         stored = nbits.coded(
@@ -63,27 +65,48 @@ def rounded(
     return arrays
 
 
-def _matrix(node: str, weights: Checkpoint, config: Any) -> tuple[np.ndarray, str]:
-    """What a node multiplies with, float32, shape (outputs, inputs), and the name of a checkpoint tensor with the same inputs.
+@dataclass(frozen=True)
+class Part:
+    """Rows [first, last) of a checkpoint tensor; all without `last`."""
+
+    tensor: str
+    first: int = 0
+    last: int | None = None
+
+    def read(self, weights: Checkpoint) -> np.ndarray:
+        """float32, shape (rows, columns)."""
+        return weights.rows(self.tensor, self.first, self.last)
+
+    def rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return (shapes[self.tensor][0] if self.last is None else self.last) - self.first
+
+
+def matrix_of(node: onnx.NodeProto) -> str:
+    """What a node's matrix is called, for instance model.layers.0.attn.qkv_proj."""
+    return str(node.name).split("/MatMul")[0].split("/Gather")[0].lstrip("/").replace("/", ".")
+
+
+def parts(matrix: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Part, ...]:
+    """What a matrix of the graph is made of, one below another, with the same inputs.
 
     The builder joins q, k and v where nothing stands between them, and takes apart what Phi-3 joins.
     """
-    if node.startswith("/lm_head/"):
-        name = "lm_head.weight" if "lm_head.weight" in weights.shapes else "model.embed_tokens.weight"
-        return weights.rows(name), name
-    match = _LAYER.match(node)
+    table = "model.embed_tokens.weight"
+    if matrix in ("lm_head", "model.embed_tokens"):
+        return (Part("lm_head.weight" if matrix == "lm_head" and "lm_head.weight" in shapes else table),)
+    match = _LAYER.fullmatch(matrix)
     if not match:
-        raise ModelError(f"the ONNX builder made a matrix that no tensor is known for: {node}", "export it with importance: false")
+        raise ModelError(f"the ONNX builder made a matrix that no tensor is known for: {matrix}", "export it with importance: false")
     layer, part, what = match.groups()
     prefix = f"model.layers.{layer}.{'self_attn' if part == 'attn' else 'mlp'}."
     names = [f"{prefix}{one}_proj.weight" for one in _PARTS.get(what, (what,))]
-    if all(name in weights.shapes for name in names):
-        return np.concatenate([weights.rows(name) for name in names]), names[0]
+    if all(name in shapes for name in names):
+        return tuple(Part(name) for name in names)
     if what == "qkv":
-        return weights.rows(f"{prefix}qkv_proj.weight"), f"{prefix}qkv_proj.weight"
+        return (Part(f"{prefix}qkv_proj.weight"),)
     whole = f"{prefix}gate_up_proj.weight"
-    half = weights.shapes[whole][0] // 2
-    return (weights.rows(whole, 0, half) if what == "gate" else weights.rows(whole, half)), whole
+    half = shapes[whole][0] // 2
+    return (Part(whole, 0, half) if what == "gate" else Part(whole, half, 2 * half),)
 
 
 def _same(stored: Coded, values: np.ndarray, node: str) -> None:

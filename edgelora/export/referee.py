@@ -6,6 +6,7 @@ else, of answer tokens that are the model's first choice given all before them.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from edgelora import evaluate, labels
 from edgelora.data.chat import Encoded
 from edgelora.errors import Unsupported
-from edgelora.export import gguf
+from edgelora.export import stage
 from edgelora.export.reference import Reference
 from edgelora.quant.size_plan import Menu, Plan
 from edgelora.runtime import runtime
@@ -30,31 +31,33 @@ _STEPS = 16  # of the frontier that a score is looked for on
 
 @dataclass(frozen=True)
 class Tried:
-    """A plan, how it was rounded, its file, and what was measured of it."""
+    """A plan, how it was rounded, its file with its real size, and what was measured of it."""
 
     rounding: str
     plan: Plan
     file: Path
+    size_bytes: int
     measured: Mapping[str, Any]
 
     def as_row(self) -> dict[str, Any]:
-        return {"rounding": self.rounding, "size_bytes": self.plan.size_bytes, "predicted_kl": self.plan.kl, **self.measured}
+        return {"rounding": self.rounding, "size_bytes": self.size_bytes, "predicted_kl": self.plan.kl, **self.measured}
 
 
 @dataclass(frozen=True)
 class Referee:
-    """`answers`: ids of every label of a classification, none for other tasks."""
+    """`answers`: ids of every label of a classification, none for other tasks. `runtime`: the one of the files' users."""
 
     write: Write
     reference: Reference
     rows: Sequence[Encoded]
     answers: Sequence[Sequence[int]]
+    runtime: str
     threads: int
 
     def __call__(self, rounding: str, plan: Plan, progress: Progress) -> Tried:
         """Write and measure a plan; the file stays where it was written."""
         file = self.write(rounding, plan, progress)
-        with runtime(gguf.RUNTIME).open(file, self.threads) as session:
+        with runtime(self.runtime).open(file, self.threads) as session:
             found = evaluate.divergence(self.reference, session, self.rows)
             if self.answers:
                 right = labels.hits(session, self.rows, self.answers)
@@ -63,7 +66,10 @@ class Referee:
                 score = found.right, found.tokens
         low, high = evaluate.interval(*score)
         share = float(score[0].sum() / score[1].sum())
-        return Tried(rounding, plan, file, {**evaluate.divergence_summary(found), "score": share, "score_low": low, "score_high": high})
+        size = stage.size_bytes(file)
+        return Tried(
+            rounding, plan, file, size, {**evaluate.divergence_summary(found), "score": share, "score_low": low, "score_high": high}
+        )
 
     def best(self, plans: Mapping[str, Plan], progress: Progress) -> tuple[Tried, list[Tried]]:
         """The candidate that is nearest to the model as trained, and all of them. Files of the others are removed."""
@@ -71,7 +77,7 @@ class Referee:
         kept = min(tried, key=lambda one: one.measured["kl"])
         for one in tried:
             if one is not kept:
-                one.file.unlink()
+                _remove(one.file)
         return kept, tried
 
     def neighbours(self, kept: Tried, menu: Menu, progress: Progress) -> list[Tried]:
@@ -81,7 +87,7 @@ class Referee:
         found = []
         for i, plan in enumerate(plans.values()):
             found.append(self(kept.rounding, plan, part(progress, i, len(plans))))
-            found[-1].file.unlink()
+            _remove(found[-1].file)
         return found
 
     def smallest(self, rounding: str, menu: Menu, score: float, progress: Progress) -> tuple[Tried, list[Tried]]:
@@ -105,12 +111,20 @@ class Referee:
             middle = (worst + best) // 2
             tried.append(self(rounding, plans[middle], part(progress, len(tried), steps)))
             if tried[-1].measured["score"] >= score:
-                kept.file.unlink()
+                _remove(kept.file)
                 kept, best = tried[-1], middle
             else:
-                tried[-1].file.unlink()
+                _remove(tried[-1].file)
                 worst = middle
         return kept, tried
+
+
+def _remove(file: Path) -> None:
+    """A file, or the folder that some formats' files are."""
+    if file.is_dir():
+        shutil.rmtree(file)
+    else:
+        file.unlink()
 
 
 def part(progress: Progress, number: int, of: int) -> Progress:

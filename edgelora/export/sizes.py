@@ -38,6 +38,7 @@ def predict(outline: Outline, section: recipes.Export, name: str, trained: int) 
 def budget_words(section: recipes.Export) -> str:
     """What stands for the type of a file whose types a plan will choose; its size here is that of a plan without data."""
     if section.max_size is not None:
-        return f"within {section.max_size} (types chosen on training rows; here as if every weight mattered alike)"
+        graph = "; the graph's own bytes are an estimate" if section.format == "onnx" else ""
+        return f"within {section.max_size} (types chosen on training rows; here as if every weight mattered alike{graph})"
     limit = f"a KL of at most {section.max_kl}" if section.max_kl is not None else f"a score of at least {section.min_score}"
     return f"with {limit} (size known once it is measured; here the largest)"

@@ -14,7 +14,7 @@ from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
 from edgelora.errors import UsageError
-from edgelora.export import FORMATS, beside, phone_readme, survival, verify
+from edgelora.export import FORMATS, PLANNERS, beside, phone_readme, survival, verify
 from edgelora.export.reference import Reference
 from edgelora.runtime import runtime, runtime_of, runtimes_of
 from edgelora.runtime.text import FolderText
@@ -41,7 +41,8 @@ def resolve(section: recipes.Export) -> recipes.Export:
     module = format_module(section.format)
     if problem := recipes.budget_problem(section):
         raise UsageError(problem, "see `edgelora export --help`")
-    if section.planned:
+    unknown = [key for key in _OPTIONS if getattr(section, key) and key not in module.OPTIONS]
+    if section.planned and not unknown:
         return section
     kind = section.type or module.DEFAULT_TYPE
     if kind not in module.TYPES:
@@ -50,7 +51,6 @@ def resolve(section: recipes.Export) -> recipes.Export:
             f"{section.format} has no type {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             f"its types: {', '.join(module.TYPES)}",
         )
-    unknown = [key for key in _OPTIONS if getattr(section, key) and key not in module.OPTIONS]
     if unknown:
         raise UsageError(f"{section.format} has no {unknown[0]}", f"leave it out, or export to {_OPTIONS[unknown[0]]}")
     return dataclasses.replace(section, type=kind)
@@ -91,8 +91,10 @@ def estimate(model: Path, section: recipes.Export) -> dict[str, float]:
     """`peak_bytes` of memory and `seconds` of CPU time that writing the file will take, estimates; empty where a format takes little."""
     section = resolve(section)
     module = format_module(section.format)
-    if section.planned or section.exporter == "optimum" or not hasattr(module, "estimate"):
+    if section.exporter == "optimum" or not hasattr(module, "estimate"):
         return {}
+    if section.planned:  # how long depends on the rows it is planned on
+        return {"peak_bytes": module.estimate(model, doctor.load(PLANNERS[section.format]).STANDS_FOR, True)["peak_bytes"]}
     return dict(module.estimate(model, str(section.type), weighed(model, section)))
 
 
@@ -193,7 +195,7 @@ def export(
             found["further"] = verify.further(written, module.RUNTIME, others, checked, threads)
         if section.target == "web":
             progress(0.97, "writing the folder for browsers")
-            facts["web"] = _for_browsers(written, kind, folder / f"{name}-{kind}-web", threads)
+            facts["web"] = for_browsers(written, kind, folder / f"{name}-{kind}-web", threads)
         predicted = module.predict_bytes(described, kind, name, **options, **source(kept))
         if "importance" in module.OPTIONS:
             # None: nothing in this file would look at one
@@ -249,7 +251,7 @@ def export(
     )
 
 
-def _for_browsers(written: Path, kind: str, target: Path, threads: int) -> dict[str, Any]:
+def for_browsers(written: Path, kind: str, target: Path, threads: int) -> dict[str, Any]:
     """Write the folder that browsers load, beside the ONNX folder it is made of, and hold transformers.js against ONNX Runtime."""
     from edgelora.export import onnx_web
 

@@ -84,12 +84,13 @@ class Rounding:
 
     def quantize(self, name: str, values: np.ndarray, type: Type) -> np.ndarray:
         """Rows of matrix `name` (float32, shape (rows, columns)) as ggml's bytes, uint8, shape (rows, row_bytes)."""
-        importance, taken_over = self._of(name)
+        importance, taken_over = self.of(name)
         if taken_over is None or type not in GRIDS:
             return ggml.quantize(values, type, importance)
         return quantize(values, type, taken_over, importance)
 
-    def _of(self, name: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def of(self, name: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Importance of a matrix's columns and the factors of `feedback`, None for what is not known or not wanted."""
         with self._lock:
             if self._latest[0] != name:
                 moments = self._moments(name)

@@ -20,6 +20,7 @@ from edgelora import machine
 _ROWS_AT_ONCE = 512  # a block of so many rows stays in a processor's cache while its scales are searched for
 # Scales that are tried, in multiples of the one that just holds a block's largest value.
 _STEPS = {False: np.linspace(0.72, 1.16, 12, dtype=np.float32), True: np.linspace(0.72, 1.04, 9, dtype=np.float32)}
+_FINE = np.array([1.0], np.float32)  # in 8 bits nothing is gained by cutting the largest values off
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Layout:
     bits: int
     block: int
     zeros: bool
+
+    @property
+    def name(self) -> str:
+        """int4-32, or int4-32-zeros with zero points."""
+        return f"int{self.bits}-{self.block}{'-zeros' if self.zeros else ''}"
 
     @property
     def most(self) -> int:
@@ -139,14 +145,15 @@ def _search(block: np.ndarray, importance: np.ndarray, layout: Layout) -> tuple[
 
 def _candidates(block: np.ndarray, layout: Layout) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     low, high = np.minimum(block.min(0), 0), np.maximum(block.max(0), 0)
+    steps = _STEPS[layout.zeros] if layout.bits == 4 else _FINE
     if not layout.zeros:
         # One side has one code more: a negative scale puts it above zero.
         largest = np.maximum(high, -low)
-        for step in _STEPS[False]:
+        for step in steps:
             for sign in (1, -1):
                 yield largest * (sign * step / layout.middle), np.full_like(low, layout.middle)
         return
-    for step in _STEPS[True]:
+    for step in steps:
         scale = (high - low) * (step / layout.most)
         with np.errstate(divide="ignore", invalid="ignore"):
             zero = np.where(scale > 0, np.rint(-low * step / scale), 0)

@@ -1,6 +1,6 @@
-"""What each GGUF type of each matrix costs: real rounding errors, weighed by how the answers depend on the matrix.
+"""What each type of each matrix costs: real rounding errors, weighed by how the answers depend on the matrix.
 
-The errors are those of the bytes that would be written: ggml's own quantizer with its importance weights, or the one
+For GGUF the errors are those of the bytes that would be written: ggml's own quantizer with its importance weights, or the one
 that makes up for its errors (`compensate`).
 """
 
@@ -47,7 +47,11 @@ def cost(
     name: str, values: np.ndarray, packed: np.ndarray, kind: Type, curvature: Curvature, common: np.ndarray | None, together: int
 ) -> float:
     """The same for one type, of which `packed` are the bytes; `common` comes from `taken_back`."""
-    errors = ggml.dequantize(packed, kind) - values
+    return error_cost(name, values, ggml.dequantize(packed, kind) - values, curvature, common, together)
+
+
+def error_cost(name: str, values: np.ndarray, errors: np.ndarray, curvature: Curvature, common: np.ndarray | None, together: int) -> float:
+    """The same for whatever stores the matrix: `errors`, of the shape of `values`, are what it is off by."""
     found = 0.0
     if name == curvature.head:
         found += curvature.head_cost(values, errors)
