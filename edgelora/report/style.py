@@ -108,6 +108,7 @@ ul.notes { margin: 14px 0 0; padding-left: 20px; color: var(--soft); font-size: 
   background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin-bottom: 14px; overflow: hidden;
   break-inside: avoid;
 }
+.scroll + .answer { margin-top: 16px; }
 .answer > h3 { margin: 0; padding: 13px 18px; border-bottom: 1px solid var(--line); font-size: 16px; }
 .answer > h3 .n { font-weight: 400; margin-inline-end: 8px; }
 .said { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 1px; background: var(--line); }
