@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from edgelora import environments
+from edgelora import environments, tuned
+from edgelora import recipe as recipes
 from edgelora.errors import ModelError, Unsupported
-from edgelora.export import executorch, gguf, phone_readme
+from edgelora.export import executorch, gguf, phone_readme, stage
 from edgelora.export import executorch_layout as layout
 from edgelora.runtime import executorch as runtime
 from edgelora.runtime import torch_reference
@@ -69,6 +70,16 @@ def test_what_would_compute_something_else_is_refused_before_work(
         executorch.predict_bytes(model, type)
     if "rows of 80" in message:
         assert executorch.predict_bytes(model, "int8") > 0
+
+
+def test_the_export_refuses_before_the_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gemma3_text", tmp_path / "hf")
+    source = tuned.plain(model, "key")
+    monkeypatch.setattr(type(source), "as_trained", lambda *_: pytest.fail("the model ran"))
+    said = {"name": "x", "rows": [], "rows_from": {}, "limits": recipes.Evaluate(), "threads": 1, "out": tmp_path / "out"}
+    with pytest.raises(Unsupported, match="is no 'gemma3_text' model"):
+        stage.export(source, recipes.Export("executorch"), **said, progress=quiet)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_window_longer_than_the_file_changes_nothing(tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ def export(
     checked = rows[: limits.verify_rows]
     options = _options(module, section, module.calibration(importance) if importance else None)
     exporter = {key: options[key] for key in ("exporter",) if key in options}
+    if model.folder:
+        module.predict_bytes(model.folder, kind, name, **options)  # what cannot be written is refused before anything runs
 
     def make(folder: Path) -> dict[str, Any]:
         scratch = folder / ".scratch"
