@@ -108,7 +108,7 @@ def speed_quality(doc: Doc, series: Mapping[Any, str], names: Mapping[Any, str])
     In a browser a file is as good as it was found to be there.
     """
     measure, known = qualities(doc)
-    there, strange = _in_browsers(doc, measure), agreement.nonsense(doc)
+    there, strange = _in_browsers(doc, measure, known), agreement.nonsense(doc)
     rows = [row for row in tables.rows(doc, "bench") if f.known(row.get("decode_tok_per_s")) and row.get("file") in known]
     rows = [row for row in rows if there.get((row.get("file"), row.get("runtime")), True)]
     lengths = Counter(int(row["prompt_tokens"]) for row in rows if f.known(row.get("prompt_tokens")))
@@ -130,13 +130,23 @@ def speed_quality(doc: Doc, series: Mapping[Any, str], names: Mapping[Any, str])
     return figure("Quality against speed", _judged(doc, points), f"decode after {f.count(length)} prompt tokens, tok/s", measure, True)
 
 
-def _in_browsers(doc: Doc, measure: str) -> dict[tuple[Any, Any], Quality | None]:
-    """(file, runtime) -> its quality there; None where it was not measured as the files' own was."""
+def _in_browsers(doc: Doc, measure: str, known: Mapping[Any, Quality]) -> dict[tuple[Any, Any], Quality | None]:
+    """(file, runtime) -> its quality there: its own, and what it loses there more than natively on the same tokens.
+
+    (A browser may spell an answer in other tokens, so its loss alone would not do.) None where that was measured on other rows.
+    """
     found: dict[tuple[Any, Any], Quality | None] = {}
     for row in tables.rows(doc, "agreement"):
-        comparable = measure.startswith(f"loss on {row.get('set')},")
-        found[row.get("file"), row.get("runtime")] = _quality(tables.section(row, "loss"), "loss", "") if comparable else None
+        here, native, own = tables.section(row, "loss").get("loss"), row.get("against_loss"), known.get(row.get("file"))
+        way = row.get("file"), row.get("runtime")
+        same_rows = measure.startswith(f"loss on {row.get('set')},")
+        found[way] = _moved(own, here - native) if same_rows and own and f.known(here) and f.known(native) else None
     return found
+
+
+def _moved(quality: Quality, by: float) -> Quality:
+    low, high = (end + by if f.known(end) else None for end in (quality.low, quality.high))
+    return Quality(quality.value + by, low, high)
 
 
 def short_runtime(name: Any) -> str:
