@@ -53,7 +53,7 @@ def test_every_command_explains_itself(name: str) -> None:
         (["run", "none.yaml"], 2, "error: cannot read the recipe none.yaml: No such file or directory\n"),
         (["run"], 2, "Missing argument 'RECIPE'"),
         (["rnu"], 2, "No such command 'rnu'"),
-        (["export", "none", "--format", "ggfu"], 2, "error: 'ggfu' is not a format\nknown formats: gguf, gguf-lora, onnx\n"),
+        (["export", "none", "--format", "ggfu"], 2, "error: 'ggfu' is not a format\nknown formats: gguf, gguf-lora, onnx, "),
         (["export", "none", "--format", "gguf", "--type", "q4_km"], 2, "error: gguf has no type 'q4_km'; did you mean 'q4_k_m'?\n"),
         (["export", "none", "--format", "gguf"], 3, "error: none has no readable config.json"),
         (["chat", "none.gguf", "--prompt", "x"], 3, "error: model not found: none.gguf\n"),
