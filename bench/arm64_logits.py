@@ -36,7 +36,7 @@ TYPES = ("f16", "q8_0", "q4_k_s", "q4_0")
 X64, ARM64 = ("sse42", "haswell", "zen4"), ("armv8.0_1", "armv8.2_2", "armv8.6_1")
 REFERENCE = "haswell"
 POSITIONS = 16
-TOLERANCE = 0.1  # of what the type itself costs; F16, which costs nothing, gets that of Q8_0
+TOLERANCE, LEAST = 0.1, 0.01  # of what the type itself costs; nats, which two runtimes of one file may differ by (`export/verify.py`)
 
 
 def quiet(share: float, text: str) -> None:
@@ -84,7 +84,7 @@ def main() -> None:
     for name, kinds in found.items():
         for kind, row in kinds.items():
             worst = max(row[backend]["kl"] for backend in ARM64)
-            allowed = TOLERANCE * (row["costs_kl"] or kinds["q8_0"]["costs_kl"])
+            allowed = max(LEAST, TOLERANCE * row["costs_kl"])
             verdict = "within" if worst <= allowed else "BEYOND"
             figures = (
                 f"KL at most {worst:.1e} from x86-64, {verdict} {allowed:.1e}; logits moved by {max(row[b]['moved'] for b in ARM64):.3f} SD"
