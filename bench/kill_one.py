@@ -24,7 +24,7 @@ _KILL_AFTER = 3  # epochs
 _RECIPE = """\
 name: tiny
 base: base
-data: {train: rows.jsonl, clean: {mojibake: none}}
+data: {train: rows.jsonl, clean: {mojibake: none, typos: none, near: none}}
 train: {r: 8, alpha: 16, lr: 2e-3, epochs: 10, batch: 8, accumulate: 1, max_tokens: 256, patience: 0}
 exports: [{format: gguf, type: q8_0}]
 """
