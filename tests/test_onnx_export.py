@@ -482,6 +482,13 @@ def test_hostile_files_are_refused(hostile: Path, damage: Callable[[Path], Any],
         onnx_runtime.open(hostile, threads=1)
 
 
+# `bench` looks at a file's parts before it opens it.
+PARTS = {
+    "truncated graph": "is no usable ONNX file: a field at byte",
+    "truncated data": "model.onnx.data is damaged: .* lies outside of the file",
+}
+
+
 @pytest.mark.parametrize("name", ["truncated graph", "truncated data", "absolute path", "huge shape", "huge cache"])
 @pytest.mark.parametrize("command", ["eval", "bench", "predict", "chat"])
 def test_every_command_refuses_them(command: str, name: str, hostile: Path, faq: Path) -> None:
@@ -497,7 +504,7 @@ def test_every_command_refuses_them(command: str, name: str, hostile: Path, faq:
     assert (done.code, done.out) == (3, "")
     first, hint = done.err.strip().splitlines()
     assert first.startswith("error: ")
-    assert re.search(message, first)
+    assert re.search(PARTS.get(name, message) if command == "bench" else message, first)
     assert hint
     assert not (hostile.parent / "answers.csv").exists()
 

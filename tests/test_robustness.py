@@ -336,7 +336,11 @@ MISTAKES: dict[str, tuple[Callable[[Path, Line], None], int, str]] = {
         "error: tiny.yaml has 1 problem:\n  train.epoch: unknown key; did you mean 'epochs'?\nmend each line above and run again\n",
     ),
     "unknown type": (_recipe("type: int8", "type: int88"), 2, "error: onnx has no type 'int88'; did you mean 'int8'?\nits types: "),
-    "unknown format": (_recipe("format: onnx", "format: onx"), 2, "error: 'onx' is not a format\nknown formats: gguf, gguf-lora, onnx\n"),
+    "unknown format": (
+        _recipe("format: onnx", "format: onx"),
+        2,
+        "error: 'onx' is not a format\nknown formats: gguf, gguf-lora, onnx, executorch, litert, mnn\n",
+    ),
     "unknown budget": (_recipe("size: 5MB", "siz: 5MB"), 2, "error: budgets:\n  siz: not a budget; known: size, "),
     "unknown layer": (
         _recipe("r: 4", "targets: [q_proj, w_proj]"),

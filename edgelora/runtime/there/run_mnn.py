@@ -1,5 +1,6 @@
 """Runs an MNN folder in the environment "mnn": MNN's own decoder, with its cache, tokenizer and template engine."""
 
+import base64
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -49,16 +50,17 @@ class Model:
                 logits = self._read([token], len(ids) + made)
 
     def text(self) -> dict[str, Any]:
-        """What the folder says of text: the chat template and the special tokens it may use."""
+        """What the folder says of text: the chat template, the special tokens it may use, and every token's bytes in base64 (special ones: none)."""
         tokens = {f"{name}_token": self._jinja[name] for name in ("bos", "eos") if name in self._jinja}
-        return {"chat_template": self._jinja.get("chat_template"), "special_tokens": tokens}
+        pieces = [b"" if i in self._special else self._bytes(i) for i in range(self.facts["vocabulary"])]
+        return {
+            "chat_template": self._jinja.get("chat_template"),
+            "special_tokens": tokens,
+            "pieces": [base64.b64encode(piece).decode() for piece in pieces],
+        }
 
     def tokenize(self, text: str) -> list[int]:
         return list(self._model.tokenizer_encode(text))
-
-    def detokenize(self, ids: Sequence[int]) -> dict[str, str]:
-        """Special tokens left out; bytes that are no UTF-8 replaced, of the whole text and not token by token."""
-        return {"text": b"".join(self._bytes(i) for i in ids if i not in self._special).decode("utf-8", "replace")}
 
     def render(self, messages: Sequence[tuple[str, str]]) -> dict[str, str]:
         """The conversation by MNN's template engine, up to where the assistant begins."""

@@ -34,8 +34,8 @@ def serve(open_model: Any, replies: TextIO | None = None) -> None:
                    optional: greedy ids, one at a time; else they are made with `feed`
     tokenize(text) optional: the library's own tokenizer, special tokens parsed and none added
 
-    Any other request goes to a method of that name, whose dict is the reply: `text`, `detokenize`, `render` and `answer` of
-    those that `elsewhere.OwnText` speaks to.
+    Any other request goes to a method of that name, whose dict is the reply: `text`, `render` and `answer` of those that
+    `elsewhere.OwnText` speaks to. Every request, whatever it is, ends a `generate` that is still going on.
     """
     out = replies or quiet()
 
