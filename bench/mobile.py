@@ -69,7 +69,7 @@ def main() -> None:
     rows, model = DATA / "edgelora-faq-paraphrase.jsonl", newest(given.run, "model")
     edgelora("bench", *measured, "--rows", rows, "--reference", model, "--most", given.most, "--threads", given.threads, "-o", given.output)
     report: dict[str, Any] = json.loads((given.output / "report.json").read_text(encoding="utf-8"))
-    kl = {row["file"]: row["kl"] for row in report["divergence"]}
+    kl = {row["file"]: row["kl"] for row in report["files"]}
     headline = [
         (
             f"{row['runtime']}, {row['prompt_tokens']} tokens",
@@ -82,7 +82,7 @@ def main() -> None:
     for name, figure in headline:
         print(f"{name}: {figure}")
     if given.save:
-        results.save("mobile", "make bench-mobile", PACKAGES, headline, {"bench": report["bench"], "divergence": report["divergence"]})
+        results.save("mobile", "make bench-mobile", PACKAGES, headline, {key: report[key] for key in ("files", "bench", "losses")})
 
 
 if __name__ == "__main__":
