@@ -7,7 +7,7 @@ import sys
 import click
 
 from edgelora import __version__, processes
-from edgelora.cli import bench, data, estimate, judge, make, size, use
+from edgelora.cli import bench, data, estimate, export, judge, make, size, use
 from edgelora.errors import EdgeloraError
 
 _INTERRUPTED = 130  # what a shell expects after Ctrl-C
@@ -26,7 +26,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(data.data, make.init, estimate.estimate, make.run, make.finetune, make.merge, make.export),
+    *(data.data, make.init, estimate.estimate, make.run, make.finetune, make.merge, export.export),
     *(use.evaluate, use.predict, use.chat, bench.bench),
     *(size.size, judge.report, judge.check, judge.baseline, judge.doctor),
 ):

@@ -16,6 +16,7 @@ from edgelora.errors import UsageError
 
 if TYPE_CHECKING:
     from edgelora import recipe as recipes
+    from edgelora.artifact import Artifact
 
 Progress = Callable[[str, float, str], None]  # stage, share done, what is going on
 
@@ -103,6 +104,16 @@ def load_recipe(recipe: Path, overrides: tuple[str, ...], out_dir: Path | None) 
 
     loaded = recipes.load(recipes.locate(recipe), overrides)
     return dataclasses.replace(loaded, out=str(out_dir)) if out_dir else loaded
+
+
+def open_artifact(path: Path, kind: str) -> Artifact:
+    """The artifact at `path`; UsageError when it is of another kind."""
+    from edgelora import artifact
+
+    found = artifact.load(path)
+    if found.kind != kind:
+        raise UsageError(f"{path}: expected an artifact of kind {kind}, found {found.kind}", f"name a folder {kind}-...")
+    return found
 
 
 def calm_libraries() -> None:
