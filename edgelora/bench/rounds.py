@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from edgelora import machine
 from edgelora.runtime import Session
+from edgelora.runtime.timing import Timing
 
 if TYPE_CHECKING:
     from edgelora.runtime.browser import BrowserSession
@@ -24,17 +25,6 @@ TEXT = (
     "arithmetic, since every weight that is fetched serves the whole prompt. Writing is bound by memory, since every token "
     "has to fetch all weights again. That is why a file of half the size answers almost twice as fast on the same phone. "
 )
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One prompt, read and continued: milliseconds to the first token and of each later one, and the CPU seconds of both parts."""
-
-    prompt_tokens: int
-    ttft_ms: float
-    decode_ms: tuple[float, ...]
-    prefill_cpu_s: float
-    decode_cpu_s: float
 
 
 @dataclass(frozen=True)
@@ -78,9 +68,9 @@ def measure_in_browser(session: BrowserSession, prompt_tokens: Sequence[int], de
     ids = prompt(session, max(prompt_tokens))
     with session.page.tree.watched():
         session.time(ids, decode_tokens)
-    timed = [session.time(ids[:n], decode_tokens) for n in prompt_tokens]
+    timed = tuple(session.time(ids[:n], decode_tokens) for n in prompt_tokens)
     session.page.tree.resident_bytes()
-    return tuple(Timing(t.prompt_tokens, t.ttft_ms, t.decode_ms, t.prefill_cpu_s, t.decode_cpu_s) for t in timed)
+    return timed
 
 
 def prompt(session: Session, n: int) -> list[int]:

@@ -27,6 +27,7 @@ from edgelora import environments
 from edgelora.errors import EdgeloraError, ModelError, ToolMissing, Unsupported
 from edgelora.runtime.page_server import PageServer
 from edgelora.runtime.process_tree import ProcessTree
+from edgelora.runtime.timing import Timing
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 CONTEXT = 1024  # tokens that a session has room for unless it is told otherwise
@@ -39,17 +40,6 @@ class Prompt:
 
     ids: Sequence[int]
     text: str
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A prompt read and continued: see `edgelora.bench.rounds.Timing`."""
-
-    prompt_tokens: int
-    ttft_ms: float
-    decode_ms: tuple[float, ...]
-    prefill_cpu_s: float
-    decode_cpu_s: float
 
 
 @dataclass(frozen=True)
@@ -236,14 +226,14 @@ class BrowserSession:
     def score_answers(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Any:
         raise Unsupported("a browser is not asked for labels", "score the file in its native runtime")
 
-    def time(self, ids: Sequence[int], decode_tokens: int) -> Timed:
+    def time(self, ids: Sequence[int], decode_tokens: int) -> Timing:
         """Read a prompt and make `decode_tokens` more tokens than the first."""
         marks = [self.page.tree.cpu_s()]
         found = self._call("time", ids, lambda: marks.append(self.page.tree.cpu_s()), n=decode_tokens)
         marks.append(self.page.tree.cpu_s())
         if len(found["decode_ms"]) != decode_tokens:
             raise EdgeloraError(f"the browser made {len(found['decode_ms'])} tokens and not {decode_tokens}", "measure with fewer tokens")
-        return Timed(len(ids), found["ttft_ms"], tuple(found["decode_ms"]), marks[1] - marks[0], marks[2] - marks[1])
+        return Timing(len(ids), found["ttft_ms"], tuple(found["decode_ms"]), marks[1] - marks[0], marks[2] - marks[1])
 
     def answer(self, ids: Sequence[int], most: int) -> Said:
         """The greedy answer of at most `most` tokens, the stop token that ended it included."""
