@@ -20,9 +20,9 @@ import results
 import torch
 
 from edgelora import environments, evaluate
+from edgelora.export import child, gguf, samples
 from edgelora.export import executorch as export
 from edgelora.export import executorch_layout as layout
-from edgelora.export import gguf, onnx_builder, samples
 from edgelora.export.reference import Reference
 from edgelora.runtime import executorch as runtime
 from edgelora.weights import Checkpoint
@@ -75,7 +75,7 @@ def stock(model: Path, work: Path) -> Path:
         *("quantization.embedding_quantize='4,32'", "backend.xnnpack.enabled=True", "backend.xnnpack.extended_ops=True"),
         *(f"export.max_seq_length={longest}", f"export.max_context_length={longest}", f"export.output_name={work / 'stock.pte'}"),
     ]
-    environment = {key: value for key, value in onnx_builder.environment(work).items() if key != "PYTHONPATH"}
+    environment = {key: value for key, value in child.environment(work).items() if key != "PYTHONPATH"}
     (work / "tmp").mkdir(exist_ok=True)
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -23,7 +23,7 @@ import results
 
 from edgelora import environments, evaluate
 from edgelora.data.chat import Encoded
-from edgelora.export import elsewhere, litert, mnn, onnx_builder, samples, stage, transformers4
+from edgelora.export import child, elsewhere, litert, mnn, samples, stage, transformers4
 from edgelora.export.reference import Reference
 from edgelora.runtime import runtime
 from edgelora.weights import Checkpoint
@@ -53,7 +53,7 @@ def stock(name: str, model: Path, type: str, folder: Path) -> Path:
         said = json.loads((model / "config.json").read_text(encoding="utf-8")).get("dtype", "float32")
         (source / "config.json").write_text(json.dumps(config | {"torch_dtype": said}), encoding="utf-8")
     command = [str(environments.python(name)), "-c", STOCK[name], str(elsewhere.THERE), str(source), str(target), how]
-    done = subprocess.run(command, cwd=folder, env=onnx_builder.environment(folder), capture_output=True, text=True, errors="replace")
+    done = subprocess.run(command, cwd=folder, env=child.environment(folder), capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise SystemExit(f"the stock exporter of {name} failed: {done.stderr.strip().splitlines()[-1]}")
     if name == "mnn":

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgelora import check, doctor, environments, machine, models, outline
+from edgelora import check, doctor, machine, models, outline
 from edgelora import estimate as estimates
 from edgelora import recipe as recipes
 from edgelora.data import chat
@@ -75,12 +75,7 @@ def token_parity(tokenizer: Any, gguf: Path | None, texts: list[str]) -> None:
 def _needs(section: recipes.Export) -> tuple[str, ...]:
     """Modules that writing and running this format import; UsageError for a format or type that does not exist."""
     module = exports.format_module(exports.resolve(section).format)
-    if section.exporter == "optimum":
-        environments.require("optimum")
-    if section.target == "web":
-        environments.require("web")
-    if hasattr(module, "ENVIRONMENT"):
-        environments.require(module.ENVIRONMENT)
+    exports.require_environments(section)
     return (*module.REQUIRES, *runtime(module.RUNTIME).REQUIRES)
 
 

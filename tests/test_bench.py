@@ -16,6 +16,7 @@ from edgelora.bench.child import measuring
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
 from edgelora.export import gguf
 from edgelora.recipe import Bench
+from edgelora.runtime.timing import Timing
 from tests.tiny_models import tiny_model
 
 KEYS = {
@@ -112,7 +113,7 @@ def test_measure_tells_loading_reading_and_writing_apart() -> None:
 
 def test_row_is_the_medians_of_its_samples() -> None:
     def one(load: float, ttft: float, decode: tuple[float, ...], rss: int) -> rounds.Round:
-        return rounds.Round("v", load, (rounds.Timing(10, ttft, decode, 0.2, 0.3),), rss, 50_000_000)
+        return rounds.Round("v", load, (Timing(10, ttft, decode, 0.2, 0.3),), rss, 50_000_000)
 
     repeats = [one(5, 40, (10, 20, 30), 3), one(7, 80, (20, 20, 20), 9), one(90, 50, (21, 21, 21), 4)]
     row = bench._row(repeats, 0, 123, 10.0, (), True)
@@ -126,7 +127,7 @@ def test_row_is_the_medians_of_its_samples() -> None:
 
 
 def test_row_says_what_made_it_noisy() -> None:
-    repeats = [rounds.Round("v", 1, (rounds.Timing(1, 1, (ms, ms), 0.1, 0.1),), 1, None) for ms in (10.0, 13.0, 10.1)]
+    repeats = [rounds.Round("v", 1, (Timing(1, 1, (ms, ms), 0.1, 0.1),), 1, None) for ms in (10.0, 13.0, 10.1)]
     crowded = disturbance.from_outside(CALM, CALM, 10, [2, 3, 2], [], threads=1, cores=2)
     row = bench._row(repeats, 0, 1, 10.0, crowded, True)
     assert row["noisy"]
@@ -198,7 +199,7 @@ def test_warm_up_ends_when_two_rounds_agree(medians: tuple[float, ...], count: i
 
     def one() -> rounds.Round:
         asked.append(medians[len(asked)])
-        return rounds.Round("v", 1, (rounds.Timing(1, 1, (asked[-1],), 0, 0),), 1, None)
+        return rounds.Round("v", 1, (Timing(1, 1, (asked[-1],), 0, 0),), 1, None)
 
     assert bench._warm_up(one) is settled
     assert len(asked) == count

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edgelora import artifact
+from edgelora import artifact, models
 from edgelora import recipe as recipes
 from edgelora.errors import DiskFull, EdgeloraError, ModelError, Unsupported, UsageError
 from edgelora.export import onnx as onnx_export
@@ -218,7 +218,9 @@ def test_time_and_memory_are_predicted(exports: Exports, tmp_path: Path) -> None
     assert 5 < planned["seconds"] < 10  # nearly nothing but imports
     assert 6e8 < planned["peak_bytes"] < 2e9
     assert planned["predicted_bytes"] == onnx_export.predict_bytes(model, "int4-mixed")
-    plain, weighed = (onnx_export.estimate(model, "int4-mixed", importance) for importance in (False, True))
+    plain, weighed = (
+        onnx_export.estimate_of(models.config(model), models.shapes(model), "int4-mixed", importance) for importance in (False, True)
+    )
     assert all(plain[key] < weighed[key] for key in plain)
 
 

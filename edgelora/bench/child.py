@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from edgelora import errors, machine
-from edgelora.bench.rounds import Round, Timing, measure, measure_in_browser, read_bandwidth
+from edgelora.bench.rounds import Round, measure, measure_in_browser, read_bandwidth
 from edgelora.errors import EdgeloraError
 from edgelora.runtime import IN_BROWSER, runtime
+from edgelora.runtime.timing import Timing
 
 _LIMIT_S = 900.0  # for one round of one file
 _SPARE = 8  # tokens of context beyond those that are asked for

@@ -97,7 +97,7 @@ def export(
     """
     from dataclasses import replace
 
-    from edgelora import artifact, doctor, environments, machine, models, plan, tuned
+    from edgelora import artifact, doctor, machine, models, plan, tuned
     from edgelora import recipe as recipes
     from edgelora.export import beside, samples, sizes
     from edgelora.export import stage as exports
@@ -130,12 +130,7 @@ def export(
         return
     calm_libraries()
     doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
-    if hasattr(module, "ENVIRONMENT"):
-        environments.require(module.ENVIRONMENT)
-    if exporter == "optimum":
-        environments.require("optimum")
-    if target_ == "web":
-        environments.require("web")
+    exports.require_environments(section)
     with echo.progress() as progress, artifact.locked(target):
         base = models.open_base(str(model) if adapter else str(model.absolute()), Path(), target)
         if adapter:

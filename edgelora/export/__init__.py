@@ -16,6 +16,7 @@
     def gains_from_importance(model: Path, type: str) -> bool
     def predict_bytes(model: Path, type: str, name: str) -> int
     def bytes_of(config, shapes, type, [tensor_types, header]) -> int    # of a model of which only the shape is here; may be absent
+    def estimate_of(config, shapes, type, importance: bool) -> dict[str, float]    # `peak_bytes` and CPU `seconds` of writing; absent where little
     def write(model: Path, type: str, folder: Path, name: str, progress) -> Path
 
 `progress(share, text)` is called on the way. `model` is a Hugging Face folder (config.json, *.safetensors, tokenizer files). `write` fills `folder` and returns the

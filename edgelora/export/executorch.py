@@ -71,7 +71,6 @@ func ask(_ question: String, show: @escaping (String) -> Void) throws {
 
 Progress = Callable[[float, str], None]
 
-_CONTEXT = 2048  # tokens of cache that a file reserves
 _LAYER_BYTES = 25_000  # of the program
 _BITS = {"int4": (4, layout.GROUP), "int8": (8, 0), "fp32": (0, 0)}
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -85,15 +84,10 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
     """
     job = _job(model, type)
     path = folder / f"{name}-{type}.pte"
-    scratch = folder / ".executorch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir()
+    with elsewhere.scratch(folder) as scratch:
         partial = scratch / path.name
         elsewhere.run(ENVIRONMENT, job | {"output": str(partial.resolve())}, scratch.resolve(), model, progress)
         partial.replace(path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     for file in _BESIDE:
         if (model / file).is_file():
             shutil.copyfile(model / file, folder / file)
@@ -103,12 +97,10 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
 
 
 def context(model: Path) -> int:
-    """Tokens that a file holds: 2,048, or what the model knows if that is less."""
-    config = gguf.model_config(model)
-    original = (
-        config.rope_parameters.get("original_max_position_embeddings") if config.rope_parameters.get("rope_type") == "longrope" else None
-    )
-    return int(min(_CONTEXT, config.max_position_embeddings, original or _CONTEXT))
+    """Tokens that a file holds; of a model that stretches a shorter rotation for longer texts (LongRoPE) no more than the shorter one's."""
+    longest, rope = elsewhere.context(model), gguf.model_config(model).rope_parameters
+    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return int(min(longest, original or longest))
 
 
 def predict_bytes(model: Path, type: str, name: str = "") -> int:
@@ -128,20 +120,16 @@ def bytes_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], typ
         scales = columns // group * 2 if group else 4
         total += rows * ((columns * bits // 8 + scales) if bits else columns * 4)
     total += int(config["num_hidden_layers"]) * _LAYER_BYTES
-    total += 8 * min(_CONTEXT, int(config["max_position_embeddings"])) * head_dim(SimpleNamespace(**config))  # sines and cosines
+    total += 8 * min(elsewhere.CONTEXT, int(config["max_position_embeddings"])) * head_dim(SimpleNamespace(**config))  # sines and cosines
     rows, columns = table
     total += rows * ((columns * bits // 8 + (columns // group * 4 if group else 4)) if bits else columns * 4)
     return total
 
 
-def estimate(model: Path, type: str, importance: bool) -> dict[str, float]:
-    """What `write` will need, an estimate: `peak_bytes` of memory and `seconds` of CPU time."""
-    return estimate_of(gguf.model_config(model).to_dict(), Checkpoint(model).shapes, type, importance)
-
-
 def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str, importance: bool) -> dict[str, float]:
-    """The same from a model's shape. Tracing and lowering layer by layer take most of the time, fitted on one busy core of x86-64.
+    """What `write` will need, an estimate: `peak_bytes` of memory and `seconds` of CPU time.
 
+    Tracing and lowering layer by layer take most of the time, fitted on one busy core of x86-64.
     Peaks: 2.2 GB for a model of 135M in 4 bits, 0.5 GB for a tiny one.
     """
     values = sum(math.prod(shape) for shape in shapes.values())

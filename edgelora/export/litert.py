@@ -6,7 +6,6 @@ Written in the environment "litert" by litert-torch and Google's quantizer. Inte
 from __future__ import annotations
 
 import math
-import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,9 @@ from typing import Any
 from edgelora import environments, models
 from edgelora.data import chat
 from edgelora.errors import Unsupported
-from edgelora.export import elsewhere, gguf, litert_template, verify
+from edgelora.export import elsewhere, litert_template, verify
 from edgelora.export.phone_readme import Phone
 from edgelora.runtime.text import FolderText
-from edgelora.weights import Checkpoint
 
 DEFAULT_TYPE = "int8"  # 4 bits a weight are too coarse for models as small as the quick start's (bench/NOTES.md)
 TYPES = {
@@ -62,7 +60,6 @@ ARCHITECTURES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "s
 _ROUNDING = {"int4": "dynamic_wi4b32_afp32", "int4-channel": "dynamic_wi4_afp32", "int8": "dynamic_wi8_afp32", "fp32": None}
 _BITS = {"int4": 4, "int4-channel": 4, "int8": 8, "fp32": 32}
 _BLOCK = 32
-_CONTEXT = 2048  # tokens of cache that a file reserves
 _READ = 128  # tokens of a prompt read at once
 _LAYER_BYTES = 87_000  # of the graph, in both of its signatures
 _SECTION = 16 * 1024
@@ -77,23 +74,16 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
     """
     _check(model, type)
     path = folder / f"{name}-{type}.litertlm"
-    scratch = folder / ".litert"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    with elsewhere.scratch(folder) as scratch:
         partial = scratch / path.name
         job = _job(model, type) | {"scratch": str(scratch.resolve()), "output": str(partial.resolve())}
         elsewhere.run(ENVIRONMENT, job, scratch.resolve(), model, progress)
         partial.replace(path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     progress(1.0, "written")
     return path
 
 
-def context(model: Path) -> int:
-    """Tokens that a file holds: 2,048, or what the model knows if that is less."""
-    return int(min(_CONTEXT, gguf.model_config(model).max_position_embeddings))
+context = elsewhere.context
 
 
 def predict_bytes(model: Path, type: str, name: str = "") -> int:
@@ -115,24 +105,17 @@ def bytes_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], typ
     return total
 
 
-def estimate(model: Path, type: str, importance: bool) -> dict[str, float]:
-    """What `write` will need, an estimate: `peak_bytes` of memory and `seconds` of CPU time, most of it tracing layer by layer."""
-    config, shapes = _check(model, type)
-    return estimate_of(config.to_dict(), shapes, type, importance)
-
-
 def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str, importance: bool) -> dict[str, float]:
-    """The same from a model's shape. Fitted on two cores of an x86-64 machine; a slower processor takes longer."""
+    """What `write` will need, an estimate: `peak_bytes` of memory and `seconds` of CPU time, most of it tracing layer by layer.
+
+    Fitted on two cores of an x86-64 machine; a slower processor takes longer.
+    """
     values = sum(math.prod(shape) for shape in shapes.values())
     return {"peak_bytes": 7e8 + 20.5 * values, "seconds": 8 + 1.45 * int(config["num_hidden_layers"]) + 4e-8 * values}
 
 
 def _check(model: Path, type: str) -> tuple[Any, Mapping[str, Sequence[int]]]:
-    config, shapes = gguf.model_config(model), Checkpoint(model).shapes
-    if config.model_type not in ARCHITECTURES:
-        raise Unsupported(
-            f"LiteRT files of {config.model_type} models were not tried", f"tried: {', '.join(ARCHITECTURES)}; or export it as gguf"
-        )
+    config, shapes = elsewhere.tried(model, ARCHITECTURES, "LiteRT files")
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise Unsupported(f"litert-torch has no {rope} rotation", "export it as gguf instead")

@@ -17,11 +17,10 @@ from typing import Any
 from edgelora import environments, models
 from edgelora.data import chat
 from edgelora.errors import Unsupported, VerifyError
-from edgelora.export import elsewhere, gguf, transformers4, verify
+from edgelora.export import elsewhere, transformers4, verify
 from edgelora.export.phone_readme import Phone
 from edgelora.runtime import mnn as runtime
 from edgelora.runtime.text import FolderText
-from edgelora.weights import Checkpoint
 
 DEFAULT_TYPE = "int4"
 TYPES = {
@@ -85,7 +84,6 @@ Progress = Callable[[float, str], None]
 ARCHITECTURES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 _BLOCK = 64
 _BITS = {"int4": 4, "int8": 8, "fp16": 16}
-_CONTEXT = 2048  # tokens, as much as MNN reserves by itself
 _KEPT = ("llm.mnn", "llm.mnn.weight", "llm_config.json", "config.json", "tokenizer.mtok", "embeddings_bf16.bin")
 _LAYER_BYTES = 16_500  # of the graph
 
@@ -98,10 +96,7 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
     """
     _check(model, type)
     target = folder / f"{name}-{type}-mnn"
-    scratch = folder / ".mnn"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    with elsewhere.scratch(folder) as scratch:
         # Relative names: the exporter takes a path with "bge" or "gte" anywhere in it for another kind of model.
         described, built = transformers4.described(model.resolve(), scratch), scratch / "built"
         _split_digits(described / "tokenizer.json")
@@ -117,15 +112,11 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
         _same_rendering(model, built)
         shutil.rmtree(target, ignore_errors=True)
         built.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     progress(1.0, "written")
     return target
 
 
-def context(model: Path) -> int:
-    """Tokens that MNN is told to hold: 2,048, or what the model knows if that is less."""
-    return int(min(_CONTEXT, gguf.model_config(model).max_position_embeddings))
+context = elsewhere.context
 
 
 def predict_bytes(model: Path, type: str, name: str = "") -> int:
@@ -149,24 +140,17 @@ def bytes_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], typ
     return total
 
 
-def estimate(model: Path, type: str, importance: bool) -> dict[str, float]:
-    """What `write` will need, an estimate: `peak_bytes` of memory and `seconds` of CPU time."""
-    config, shapes = _check(model, type)
-    return estimate_of(config.to_dict(), shapes, type, importance)
-
-
 def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str, importance: bool) -> dict[str, float]:
-    """The same from a model's shape. Fitted on two cores of an x86-64 machine; a slower processor takes longer."""
+    """What `write` will need, an estimate: `peak_bytes` of memory and `seconds` of CPU time.
+
+    Fitted on two cores of an x86-64 machine; a slower processor takes longer.
+    """
     values = sum(math.prod(shape) for shape in shapes.values())
     return {"peak_bytes": 5e8 + 7.0 * values, "seconds": 4 + 0.15 * int(config["num_hidden_layers"]) + 3e-8 * values}
 
 
 def _check(model: Path, type: str) -> tuple[Any, Mapping[str, Sequence[int]]]:
-    config, shapes = gguf.model_config(model), Checkpoint(model).shapes
-    if config.model_type not in ARCHITECTURES:
-        raise Unsupported(
-            f"MNN folders of {config.model_type} models were not tried", f"tried: {', '.join(ARCHITECTURES)}; or export it as gguf"
-        )
+    config, shapes = elsewhere.tried(model, ARCHITECTURES, "MNN folders")
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope != "default":
         raise Unsupported(f"MNN's exporter was not tried with the rotation {rope!r}", "export it as gguf instead")

@@ -187,17 +187,12 @@ def bytes_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], typ
     return total + len(shapes) * {"fp32": 600, "int4-mixed": 950}.get(type, 800) + (0 if packed else 2500 * layers)
 
 
-def estimate(model: Path, type: str, importance: bool) -> dict[str, float]:
+def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str, importance: bool) -> dict[str, float]:
     """What `write` will need, an estimate: `peak_bytes` of memory, the builder's process or ours, and `seconds` of CPU time.
 
     The builder holds every matrix in float32 and the graph beside it. Fitted on two cores of an AMD EPYC
     (bench/onnx_int4.py); a slower processor takes longer.
     """
-    return estimate_of(_config(model), _shapes(model), type, importance)
-
-
-def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str, importance: bool) -> dict[str, float]:
-    """The same from a model's shape."""
     table = shapes["model.embed_tokens.weight"]
     values = sum(math.prod(shape) for shape in shapes.values())
     if _is_tied(config, shapes):

@@ -1,22 +1,17 @@
-"""onnxruntime-genai's model builder, in a process of its own: it rewrites sys.path, keeps a gigabyte or two, prints a lot.
-
-It runs without network and without credentials, and dies with us.
-"""
+"""onnxruntime-genai's model builder, in a process of its own: it rewrites sys.path, keeps a gigabyte or two, prints a lot."""
 
 from __future__ import annotations
 
 import collections
-import ctypes
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edgelora.errors import ModelError
+from edgelora.export import child
 
 Progress = Callable[[float, str], None]
 
@@ -26,29 +21,15 @@ def run(model: Path, options: Sequence[str], scratch: Path, layers: int, progres
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "--input", str(model), "--output", str(scratch / "model")]
     command += ["--execution_provider", "cpu", "--cache_dir", str(scratch / "cache"), *options]
     tail: collections.deque[str] = collections.deque(maxlen=200)
-    # Its own working folder, so that no onnx.py of the user's is imported; its own session, so that it dies whole.
-    with subprocess.Popen(
-        command,
-        cwd=scratch,
-        env=environment(scratch),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=die_with_us(),
-    ) as process:
-        try:
-            for line in _lines(process):
-                tail.append(line)
-                if match := re.match(r"Reading layer (\d+)", line):
-                    progress(0.05 + 0.35 * int(match[1]) / layers, f"reading layer {match[1]} of {layers}")
-                elif match := re.match(r"Progress: \[.*\] ([\d.]+)%", line):
-                    progress(0.4 + 0.5 * float(match[1]) / 100, "quantizing")
-            code = process.wait()
-        except BaseException:
-            _kill(process)
-            raise
-    if code:
+
+    def hear(line: str) -> None:
+        tail.append(line)
+        if match := re.match(r"Reading layer (\d+)", line):
+            progress(0.05 + 0.35 * int(match[1]) / layers, f"reading layer {match[1]} of {layers}")
+        elif match := re.match(r"Progress: \[.*\] ([\d.]+)%", line):
+            progress(0.4 + 0.5 * float(match[1]) / 100, "quantizing")
+
+    if code := child.run(command, scratch, child.environment(scratch), hear):
         raise _failure(tail, code, model)
 
 
@@ -97,36 +78,3 @@ def _failure(tail: collections.deque[str], code: int, model: Path) -> Exception:
     said = (line for line in reversed(tail) if line.strip() and not line.startswith((" ", "Progress:")))
     last = next(said, "it printed nothing")[:400]
     return ModelError(f"the ONNX builder cannot export {model.name}: {last}", "export it as GGUF instead")
-
-
-def environment(scratch: Path) -> dict[str, str]:
-    """For the child only: no network, no credentials, one thread, every temporary file inside `scratch`."""
-    ours = {name: value for name, value in os.environ.items() if not name.endswith("_TOKEN")}
-    folders = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch / "tmp")) | {"HF_HOME": str(scratch / "home")}
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    fixed = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
-    return ours | folders | threads | fixed
-
-
-def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Lines of the child's output; a carriage return ends one too, as progress bars use it."""
-    assert process.stdout is not None
-    rest = b""
-    while block := process.stdout.read1(1 << 16):  # type: ignore[attr-defined]
-        *whole, rest = re.split(rb"[\r\n]+", rest + block)
-        yield from (line.decode("utf-8", "replace") for line in whole)
-    yield rest.decode("utf-8", "replace")
-
-
-def die_with_us() -> Callable[[], object] | None:
-    """On Linux the kernel ends the builder when we die, however we die: else it writes into the next attempt's folder."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if hasattr(os, "killpg") and process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()

@@ -6,17 +6,16 @@ the builder lacks; they are larger and slower, and onnxruntime-genai does not ru
 
 from __future__ import annotations
 
+import collections
 import json
 import math
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgelora import environments
 from edgelora.errors import ModelError, Unsupported
-from edgelora.export import transformers4
-from edgelora.export.onnx_builder import environment
+from edgelora.export import child, transformers4
 from edgelora.runtime.onnx_folder import GRAPH
 
 Progress = Callable[[float, str], None]
@@ -37,18 +36,15 @@ def write(model: Path, type: str, built: Path, scratch: Path, progress: Progress
     described = transformers4.described(model, scratch)
     progress(0.05, "tracing the model with optimum")
     command = [str(python), "-m", "optimum.exporters.onnx", "--model", str(described), "--task", "text-generation-with-past"]
-    done = subprocess.run(
+    said: collections.deque[str] = collections.deque(maxlen=1)
+    code = child.run(
         [*command, "--dtype", "fp32", str(scratch / "traced")],
-        cwd=scratch,
-        env=environment(scratch),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
+        scratch,
+        child.environment(scratch),
+        lambda line: said.append(line.strip()) if line.strip() else None,
     )
     graph = scratch / "traced" / GRAPH
-    if done.returncode or not graph.is_file():
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    if code or not graph.is_file():
         raise ModelError(
             f"optimum cannot export {model.name}: {said[-1][:400] if said else 'it printed nothing'}", "export it as GGUF instead"
         )

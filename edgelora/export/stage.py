@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from edgelora import artifact, doctor, environments, evaluate, merge
+from edgelora import artifact, doctor, environments, evaluate, merge, models
 from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
@@ -32,6 +32,14 @@ def format_module(name: str) -> ModuleType:
     if name not in FORMATS:
         raise UsageError(f"{name!r} is not a format", f"known formats: {', '.join(FORMATS)}")
     return doctor.load(FORMATS[name])
+
+
+def require_environments(section: recipes.Export) -> None:
+    """ToolMissing, with the command that makes it, for an environment that writing or running the format needs and that is not there."""
+    own = getattr(format_module(section.format), "ENVIRONMENT", None)
+    for name in (own, "optimum" if section.exporter == "optimum" else None, "web" if section.target == "web" else None):
+        if name:
+            environments.require(name)
 
 
 def resolve(section: recipes.Export) -> recipes.Export:
@@ -91,11 +99,12 @@ def estimate(model: Path, section: recipes.Export) -> dict[str, float]:
     """`peak_bytes` of memory and `seconds` of CPU time that writing the file will take, estimates; empty where a format takes little."""
     section = resolve(section)
     module = format_module(section.format)
-    if section.exporter == "optimum" or not hasattr(module, "estimate"):
+    if section.exporter == "optimum" or not hasattr(module, "estimate_of"):
         return {}
+    shape = models.config(model), models.shapes(model)
     if section.planned:  # how long depends on the rows it is planned on
-        return {"peak_bytes": module.estimate(model, doctor.load(PLANNERS[section.format]).STANDS_FOR, True)["peak_bytes"]}
-    return dict(module.estimate(model, str(section.type), weighed(model, section)))
+        return {"peak_bytes": module.estimate_of(*shape, doctor.load(PLANNERS[section.format]).STANDS_FOR, True)["peak_bytes"]}
+    return dict(module.estimate_of(*shape, str(section.type), weighed(model, section)))
 
 
 def _options(module: ModuleType, section: recipes.Export, measured: Any) -> dict[str, Any]:
