@@ -90,7 +90,7 @@ def start(*arguments: object, cwd: Path, said: Path, stdin: bytes = b"", gpus: i
     """Begin a command; its stdout and stderr go to the files `out` and `err` in `said`. It believes in so many `gpus`; what it starts does not."""
     for name, content in (("in", stdin), ("out", b""), ("err", b"")):
         (said / name).write_bytes(content)
-    process = _FORKS.Process(target=_main, args=([str(a) for a in arguments], str(cwd), str(said), gpus))
+    process = _FORKS.Process(target=_main, args=([str(a) for a in arguments], str(cwd), str(said), dict(os.environ), gpus))
     process.start()
     return process
 
@@ -105,9 +105,11 @@ def kill(process: BaseProcess) -> None:
     process.join(10)
 
 
-def _main(arguments: Sequence[str], cwd: str, said: str, gpus: int | None) -> None:
+def _main(arguments: Sequence[str], cwd: str, said: str, environment: Mapping[str, str], gpus: int | None) -> None:
     os.setsid()
     os.chdir(cwd)
+    os.environ.clear()  # the server's, as it was when the first test began
+    os.environ.update(environment)
     for number, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", os.O_WRONLY), ("err", os.O_WRONLY))):
         os.dup2(os.open(f"{said}/{name}", mode), number)
     sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115 - lives as long as the process
