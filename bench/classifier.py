@@ -1,6 +1,6 @@
 """banking77 (77 intents; Casanueva et al. 2020) with SmolLM2: accuracy and macro-F1 on its test file, before and after training.
 
-    python bench/classifier.py FOLDER                                ten minutes or so on two CPU cores, 300 rows of the test file
+    python bench/classifier.py FOLDER                                for two CPU cores: minutes of training, 300 rows of the test file
     python bench/classifier.py FOLDER --full                         for one GPU: two epochs, the whole test file, under 4 minutes
 
 FOLDER holds train.csv and test.csv (text, category). Labels are scored as edgelora scores them, as whole token sequences with
@@ -57,13 +57,13 @@ def main() -> None:
     began, load_before = time.monotonic(), machine.load_average()
     torch.set_num_threads(given.threads or machine.cores())
     dataset = split.load(recipe)
-    base = models.open_base(recipe.base, Path(), given.out)
+    base, dtype = models.open_base(recipe.base, Path(), given.out), load.arithmetic(recipe.train.dtype)
     tokenizer = models.open_tokenizer(base.folder)
     choosing, test = drawn(dataset.selecting, given.choosing), drawn(dataset.reporting("test"), None if given.full else given.rows)
-    before = measured(load.load_base(base.folder, given.method, torch.bfloat16), tokenizer, dataset.labels, choosing, test)
+    before = measured(load.load_base(base.folder, given.method, dtype), tokenizer, dataset.labels, choosing, test)
     print("untuned:", summary(before), flush=True)
     adapter = finetune.finetune(recipe, base, dataset, given.out, lambda share, text: print(f"\r{share:4.0%} {text}", end="", flush=True))
-    tuned = PeftModel.from_pretrained(load.load_base(base.folder, given.method, torch.bfloat16), adapter.path)
+    tuned = PeftModel.from_pretrained(load.load_base(base.folder, given.method, dtype), adapter.path)
     after = measured(tuned, tokenizer, dataset.labels, choosing, test)
     print("\ntuned:  ", summary(after))
     training = {
