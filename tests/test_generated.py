@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def test_the_readme_has_the_current_reference() -> None:
 def test_the_table_of_results_is_current(results: Any) -> None:
     text = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
     assert results.whole(text) == text, AGAIN
+
+
+@pytest.mark.parametrize("document", ["README.md", "bench/README.md", "bench/NOTES.md"])
+def test_what_a_document_points_to_is_there(document: str) -> None:
+    file = ROOT / document
+    found = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text(encoding="utf-8"))
+    assert [target for target in found if not (file.parent / target).exists()] == []
 
 
 def test_every_result_says_what_was_found_where_and_at_which_commit(results: Any) -> None:
