@@ -29,8 +29,8 @@ _KEPT = {
     "losses": ("set", "file", "rows", "tokens", "after", "change_high"),
     "accuracy": ("set", "file", "rows", "after"),
     "bench": (
-        *("file", "runtime", "device_class", "threads", "prompt_tokens", "decode_tokens", "workload", "ttft_ms", "decode_tok_per_s"),
-        *("peak_rss_bytes", "samples_ms", "crowded", "noisy"),
+        *("file", "runtime", "device_class", "threads", "prompt_tokens", "decode_tokens", "workload", "turns"),
+        *("ttft_ms", "decode_tok_per_s", "peak_rss_bytes", "samples_ms", "crowded", "noisy"),
     ),
 }
 _AGAIN = "make it again with `edgelora baseline update`"

@@ -1,19 +1,24 @@
-"""When two benches of a speed really differ: one rule, for budgets (`check`) and for comparisons (`report A B`).
+"""When two speeds really differ: one rule, for budgets (`check`), files of one bench (`bench A B`) and several reports (`report A B`).
 
-A difference counts when it is larger than what is allowed *and* the repeats' samples differ by a rank-sum test *and*
-nothing from outside (other programs, heat, a quota) disturbed either bench. How far the rule can be trusted is measured
-by ``bench/alarms.py``.
+Two files that took turns in one bench are compared pair by pair: repeat by repeat both met the same moment of the machine. Two benches
+of other minutes met other moments, and a machine that is idle but shared is now faster, now slower, steadily each time: they can
+only be told apart beyond `DRIFT`. Either way a difference counts when it is larger than what is allowed *and* a test says that it is
+no chance. How far the rule can be trusted is measured by ``bench/alarms.py``.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 ALPHA = 0.05  # how often two equal sets of samples may be called different; the change has to be larger than allowed besides
+REPEATS = 15  # in turns: what it takes to see that a file is a tenth slower, 18 times of 20
+DRIFT = 0.25  # share of the time by which benches of one file may differ that were not in turns; 21 % were seen within an hour
+AGAIN = "measure both in turns: edgelora check NEW --against OLD --budget decode=-5%"
 WORK = ("runtime", "device_class", "threads", "prompt_tokens", "decode_tokens", "workload")  # two rows with other values did other work
 _FAST = 0.1  # share of the samples whose slowest stands for them all
 _ENUMERATED = 200_000  # ways to deal the samples; above it the normal approximation is exact enough
@@ -40,18 +45,43 @@ def slowdown(
     `allowed` is the share of the time that two equal benches may be apart. A step that is not slower by more is no slowdown,
     whatever the test says. `called` is what the reader knows the two rows as.
     """
-    theirs, ours = (_samples(row, name) for row in (before, now))
-    if not theirs or not ours:
+    if not _samples(before, name) or not _samples(now, name):
         return None
-    share = _fast(ours) / _fast(theirs) - 1
+    return _in_turns(before, now, name, allowed) if in_turns(before, now) else _apart(before, now, name, allowed, called)
+
+
+def in_turns(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two bench rows were measured by one bench, whose files take turns."""
+    return bool(now.get("turns")) and now.get("turns") == before.get("turns")
+
+
+def _in_turns(before: Mapping[str, Any], now: Mapping[str, Any], name: str, allowed: float) -> Slowdown:
+    """What disturbs one repeat disturbs its neighbour, so that crowded rows are judged too; the middle pair of repeats says by how much."""
+    logs = [math.log(ours / theirs) for theirs, ours in zip(repeats(before, name), repeats(now, name), strict=False)]
+    share = math.exp(statistics.median(logs)) - 1 if logs else 0.0
+    if share <= allowed and logs:
+        return Slowdown(share, False)
+    if 2.0 ** -len(logs) > ALPHA:
+        return Slowdown(share, None, f"{len(logs)} repeats are too few to tell; bench with {REPEATS}")
+    return _tested(share, p_positive(logs))
+
+
+def _apart(before: Mapping[str, Any], now: Mapping[str, Any], name: str, allowed: float, called: tuple[str, str]) -> Slowdown:
+    share = _fast(_samples(now, name)) / _fast(_samples(before, name)) - 1
     if share <= allowed:
         return Slowdown(share, False)
+    again = "measure both again" if now.get("device") else AGAIN
+    if share <= DRIFT:
+        return Slowdown(share, None, f"benches that were not in turns may be {DRIFT:.0%} apart; {again}")
     if disturbed := [which for which, row in zip(called[::-1], (now, before), strict=True) if row.get("crowded", row.get("noisy"))]:
-        return Slowdown(share, None, f"other programs disturbed {' and '.join(disturbed)}; measure on an idle machine")
+        return Slowdown(share, None, f"other programs disturbed {' and '.join(disturbed)}; {again}")
     each, other = repeats(now, name), repeats(before, name)
     if 1 / math.comb(len(each) + len(other), len(each)) > ALPHA:
         return Slowdown(share, None, f"{len(other)} and {len(each)} repeats are too few to tell; bench with 5 or more")
-    chance = p_larger(each, other)
+    return _tested(share, p_larger(each, other))
+
+
+def _tested(share: float, chance: float) -> Slowdown:
     if chance > ALPHA:
         return Slowdown(share, None, f"the repeats do not differ enough (p = {chance:.2g}); measure again with more", chance)
     return Slowdown(share, True, "", chance)
@@ -96,6 +126,23 @@ def p_larger(ours: Sequence[float], theirs: Sequence[float]) -> float:
     ties = sum(pooled.count(v) ** 3 - pooled.count(v) for v in set(pooled))
     variance = n * m / 12 * ((n + m + 1) - ties / ((n + m) * (n + m - 1)))
     return 1.0 if variance <= 0 else 0.5 * math.erfc((ours_sum - mean - 0.5) / math.sqrt(2 * variance))
+
+
+def p_positive(differences: Sequence[float]) -> float:
+    """How likely differences as far above zero as these are when their signs are chance: the one-sided signed-rank test.
+
+    Exact up to 100 of them, whatever the ties (Wilcoxon 1945); zeros say nothing and are left out.
+    """
+    sizes = sorted(abs(d) for d in differences if d)
+    twice = {size: 2 * sizes.index(size) + sizes.count(size) + 1 for size in set(sizes)}  # the rank; doubled, so that ties are whole
+    ranks, ours = [twice[size] for size in sizes], sum(twice[d] for d in differences if d > 0)
+    if len(ranks) > 100:
+        return 0.5 * math.erfc((ours - sum(ranks) / 2 - 1) / math.sqrt(sum(rank * rank for rank in ranks) / 2))
+    ways = {0: 1}  # rank sums, and how many choices of signs give each
+    for rank in ranks:
+        for total, count in list(ways.items()):
+            ways[total + rank] = ways.get(total + rank, 0) + count
+    return sum(count for total, count in ways.items() if total >= ours) / 2 ** len(ranks)
 
 
 def figure(value: Any) -> float | None:

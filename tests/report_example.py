@@ -143,6 +143,19 @@ def example() -> dict[str, Any]:
                 "samples_ms": {"ttft": [117.0, 118.4, 131.0], "decode": [15.1, 15.3, 15.6]},
             }
         ],
+        "in_turns": [
+            {
+                "file": ONNX,
+                "runtime": "onnxruntime",
+                "against": GGUF,
+                "against_runtime": "llama.cpp",
+                "threads": 1,
+                "prompt_tokens": 32,
+                "repeats": 15,
+                "decode": {"change": -0.134, "word": "real", "why": "slower, p = 0.0003 that this is chance"},
+                "ttft": {"change": 0.012, "word": "noise", "why": "within 5%"},
+            }
+        ],
         "devices": [
             {
                 "name": "Acme One",

@@ -43,7 +43,7 @@ KEYS = {
         "bandwidth_gb_per_s",
         "bandwidth_share",
     ),
-    *("samples_ms", "crowded", "noisy", "noisy_why"),
+    *("turns", "samples_ms", "crowded", "noisy", "noisy_why"),
 }
 SMALL = Bench(prompt_tokens=(4, 20), decode_tokens=6, repeats=3)
 
@@ -222,6 +222,7 @@ def test_two_real_files_side_by_side(tiny: Path, tmp_path: Path) -> None:
         assert row["bandwidth_share"] > 0  # a file as small as this one lives in a cache, which may be faster than the memory
         assert 0.5 < row["bandwidth_gb_per_s"] < 2000
         assert "llama.cpp" in row["runtime_version"]
+    assert len({row["turns"] for row in rows}) == 1
     turns = [text.split(",")[0] for text in seen if "repeat" in text]
     assert turns == [tiny.name, "other.gguf"] * 3
 

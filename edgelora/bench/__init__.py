@@ -13,6 +13,7 @@ else; several files take turns, so that whatever drifts (heat, clocks, other pro
 from __future__ import annotations
 
 import contextlib
+import secrets
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -40,8 +41,9 @@ def bench(path: Path, runtime_name: str, settings: Bench, threads: int, progress
 def bench_all(files: Sequence[tuple[Path, str]], settings: Bench, threads: int, progress: Progress) -> list[dict[str, Any]]:
     """Measure files, each with the runtime named beside it; one row per file and prompt length.
 
-    A row holds raw samples and their medians; `peak_rss_bytes` is of the whole child process, interpreter included, or of the browser's processes together;
-    `load_average` is taken before the first round. A row is `crowded` when something from outside disturbed it and `noisy`
+    A row holds raw samples and their medians; rows of one call have the same `turns`, so that their repeats are pairs (`edgelora.speeds`).
+    `peak_rss_bytes` is of the whole child process, interpreter included, or of the browser's processes together; `load_average` is taken
+    before the first round. A row is `crowded` when something from outside disturbed it and `noisy`
     when it or its samples are doubtful; `noisy_why` says why.
     Raises what the runtime raised, or EdgeloraError with a child's last words when it crashed or hung.
     """
@@ -80,9 +82,9 @@ def bench_all(files: Sequence[tuple[Path, str]], settings: Bench, threads: int, 
         ceilings.append(_bandwidth(threads))
     progress(1.0, "measured")
     crowded = disturbance.from_outside(before, after, wall_s, others, hot, threads, machine.cores())
-    rows = []
+    rows, turns = [], secrets.token_hex(4)
     for number, (path, name) in enumerate(files):
-        about = {"file": path.name, "runtime": name, "runtime_version": rounds[number][0].version, "threads": threads}
+        about = {"file": path.name, "runtime": name, "runtime_version": rounds[number][0].version, "threads": threads, "turns": turns}
         for index in range(len(settings.prompt_tokens)):
             row = _row(rounds[number], index, size_bytes(path), max(ceilings), crowded, settled[number])
             rows.append({**about, **row, "load_average": load_average})

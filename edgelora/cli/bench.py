@@ -25,7 +25,7 @@ _HERE = "here"  # of --device: this machine
 @click.argument("files", type=PATH, nargs=-1, required=True)
 @click.option("--threads", help="Threads, e.g. 4 or 1,2,4; default all cores, on another device 1, 2, 4, ... up to all.")
 @click.option("--prompt-tokens", help="Prompt lengths, e.g. 32,128.")
-@click.option("--repeats", type=click.IntRange(3), help="Repeats of every measurement.")
+@click.option("--repeats", type=click.IntRange(3), help="Repeats of every measurement; default 5, here 15 of several files.")
 @click.option(
     "--runtime", "runtimes", multiple=True, help="Runtime to measure in, or all that open the file; default the first. Repeatable."
 )
@@ -64,14 +64,16 @@ def bench(
 ) -> None:
     """Load time, time to first token, prefill and decode speed, memory, CPU time and share of the memory's bandwidth of exported files.
 
-    With --rows also their loss, answers and accuracy; with --browser also in Chromium, and whether the files answer alike there; with
-    --device on a phone or another box; with --estimate what other devices should reach, without measuring.
+    Several files take turns, and each is told from the first: faster, slower, or no more than chance. With --rows also their loss,
+    answers and accuracy; with --browser also in Chromium, and whether the files answer alike there; with --device on a phone or another
+    box; with --estimate what other devices should reach, without measuring.
 
     \b
     Example:  edgelora bench a.gguf b.gguf --rows held-out.csv -o page
     """
     from edgelora import machine
     from edgelora import report as reports
+    from edgelora.report import turns
 
     if reference and not rows:
         raise UsageError("--reference needs rows to compare on", "for instance --rows held-out.csv")
@@ -99,13 +101,16 @@ def bench(
         with echo.progress() as progress:
             found = _quality(files, rows, reference, most, most_threads, progress) if rows else {}
             found |= _agreement(named, rows, most, most_threads, progress)
-            timed = _here(named, settings, counts or (machine.cores(),), progress)
+            timed = _here(named, _telling_apart(settings, files, repeats), counts or (machine.cores(),), progress)
             outcome = away.bench(settings, counts, lambda share, text: progress("devices", share, text))
         failures = outcome.failures
-        said = [*map(lines.bench, timed), *map(lines.device_bench, outcome.rows), *map(lines.quality, found.get("losses", []))]
+        told = turns.compared(timed)
+        said = [*map(lines.bench, timed), *map(turns.sentence, told), *map(lines.device_bench, outcome.rows)]
+        said += map(lines.quality, found.get("losses", []))
         said += map(lines.agreement, found.get("agreement", []))
         said += [*map(lines.divergence, found.get("divergence", [])), *map(lines.accuracy, found.get("accuracy", []))]
-        found = {"bench": [*timed, *outcome.rows], **({"devices": outcome.devices} if outcome.devices else {}), **found}
+        beside = {"in_turns": told, "devices": outcome.devices}
+        found = {"bench": [*timed, *outcome.rows], **{key: rows for key, rows in beside.items() if rows}, **found}
         found = {"machine": machine.describe(), **found} if here else found
         if not found["bench"]:
             raise _together(failures)
@@ -145,6 +150,13 @@ def _settings(prompt_tokens: str | None, repeats: int | None) -> Bench:
     if prompt_tokens is not None:
         settings = dataclasses.replace(settings, prompt_tokens=_numbers("--prompt-tokens", prompt_tokens, "32,128"))
     return dataclasses.replace(settings, repeats=repeats) if repeats else settings
+
+
+def _telling_apart(settings: Bench, files: Sequence[Path], asked: int | None) -> Bench:
+    """Of several files the reader wants to know which is faster: repeats enough for a verdict."""
+    from edgelora import speeds
+
+    return dataclasses.replace(settings, repeats=speeds.REPEATS) if len(files) > 1 and not asked else settings
 
 
 def _counts(threads: str | None) -> tuple[int, ...]:

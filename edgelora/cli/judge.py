@@ -55,6 +55,7 @@ def report(echo: Output, runs: tuple[Path, ...], output: Path | None, history: P
 @click.option("--budgets", "file", type=PATH, help="Take the budgets of this YAML file.")
 @click.option("--budget", "budgets", multiple=True, metavar="NAME=LIMIT", help="A budget, e.g. size=130MB or size=+1%. Repeatable.")
 @click.option("--baseline", type=PATH, help="A baseline, or a folder of them; default ./baselines where it exists.")
+@click.option("--against", "old", type=PATH, help="The file or run before, as the baseline: the speed of both is measured now, in turns.")
 @click.option("--markdown", type=PATH, help="Write the table as Markdown into this file, for a pull request.")
 @click.option("--annotate", is_flag=True, help="Write GitHub's annotations for what is broken or could not be judged.")
 @command
@@ -65,31 +66,43 @@ def check(
     file: Path | None,
     budgets: tuple[str, ...],
     baseline: Path | None,
+    old: Path | None,
     markdown: Path | None,
     annotate: bool,
 ) -> None:
     """Hold runs, reports or model files against budgets; exit code 1 when one is broken.
 
     A budget is a limit (size=130MB, kl=0.3, decode_tok_per_s=15) or a change against a baseline (size=+1%, decode=-5%).
-    What cannot be judged is a warning, never a pass.
+    What cannot be judged is a warning, never a pass. A speed is told best from a file that is at hand (--against OLD).
 
     \b
     Example:  edgelora check runs/quickstart --budget size=130MB --budget kl=0.3
     """
     from edgelora import baseline as baselines
     from edgelora import check as checks
+    from edgelora.against import against
     from edgelora.measured import measured
 
     named = _budgets(recipe, file, budgets)
     if baseline is not None and not baseline.exists():
         raise UsageError(f"there is no baseline at {baseline}", "make one: edgelora baseline update RUN")
+    if old is not None and (baseline is not None or len(artifacts) > 1):
+        raise UsageError(
+            "--against holds one artifact against one other", "leave --baseline away, and check each with a command of its own"
+        )
     verdicts = []
+    known: dict[str, Any] | None
     for path in artifacts:
         document, find = measured(path)
         limits = named or dict((document.get("recipe") or {}).get("budgets") or {})
         if not limits:
             raise UsageError(f"{path} was made without budgets", "name some: --budget size=130MB")
-        known = baselines.read(baseline or baselines.FOLDER, (document.get("machine") or {}).get("class"))
+        if old is not None:
+            timed = any(budget.metric.section == "bench" for budget in checks.parse(limits))
+            with echo.progress() as progress:
+                document, known = against(document, find, old, timed, lambda share, text: progress("bench", share, text))
+        else:
+            known = baselines.read(baseline or baselines.FOLDER, (document.get("machine") or {}).get("class"))
         verdicts += checks.check(document, limits, known, find)
     marks = {True: "ok    ", False: "BROKEN", None: "?     "}
     lines = [f"{marks[v.ok]}  {v.what}: {v.value} (limit {v.limit})" + (f"\n        {v.why}" if v.why else "") for v in verdicts]

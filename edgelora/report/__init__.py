@@ -6,6 +6,7 @@
     markdown    fits a pull-request comment
     page        one self-contained HTML file, nothing fetched; plot draws its SVG, style dresses it, sorting is its one script
     fronts      Pareto plots, and which files answer nonsense; agreement: and which do so in a browser
+    turns       files of one bench, each against its first
     document    files benched outside of a run -> the document
     comparison  several documents -> one, rows joined by file type; differences: what of it is noise
 

@@ -77,9 +77,13 @@ def _memory(first: Cell, cell: Cell, machines: tuple[Any, Any]) -> dict[str, str
 def _speed(first: Cell, cell: Cell, machines: tuple[Any, Any]) -> dict[str, str]:
     if machines[0] != machines[1]:
         return {"word": UNKNOWN, "why": "other machines"}
-    before, now = first.row or {}, cell.row or {}
-    slower = speeds.slowdown(before, now, cell.samples, ALLOWED, ("the first run", "this run"))
-    faster = speeds.slowdown(now, before, cell.samples, ALLOWED, ("this run", "the first run"))
+    return speed(first.row or {}, cell.row or {}, cell.samples)
+
+
+def speed(before: Row, now: Row, samples: str) -> dict[str, str]:
+    """{"word", "why"} of two bench rows that did the same work, by their samples of that name."""
+    slower = speeds.slowdown(before, now, samples, ALLOWED, ("the first run", "this run"))
+    faster = speeds.slowdown(now, before, samples, ALLOWED, ("this run", "the first run"))
     if slower is None or faster is None:
         return {"word": UNKNOWN, "why": "no raw samples"}
     for found, word in ((slower, "slower"), (faster, "faster")):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgelora.report import agreement, comparison, estimates, summary, tables
+from edgelora.report import agreement, comparison, estimates, summary, tables, turns
 from edgelora.report.markup import visible
 from edgelora.report.schema import is_comparison
 
@@ -30,7 +30,7 @@ def to_markdown(doc: Mapping[str, Any]) -> str:
     blocks = [f"### {escape(doc.get('name') or '')}", escape(summary.headline(doc)), _verdict(doc)]
     checks, (_, failed, unjudged) = _table(tables.checks(doc)), summary.tally(doc)
     blocks += [checks if failed or unjudged else ""]
-    blocks += [_table(tables.files(doc)), _table(tables.losses(doc)), _table(tables.accuracy(doc))]
+    blocks += [_table(tables.files(doc)), _table(tables.losses(doc)), _table(tables.accuracy(doc)), _table(turns.table(doc))]
     blocks += [_folded("Checks", [checks]) if not (failed or unjudged) else ""]
     blocks += [_folded("Speed and memory", [_table(tables.bench(doc)), _list(tables.disturbances(doc)), _table(tables.devices(doc))])]
     blocks += [_folded("The same file in a browser", [_table(agreement.table(doc))])]

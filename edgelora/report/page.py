@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from edgelora.report import agreement, charts, comparison, confusion, differences, estimates, sorting, summary, tables
+from edgelora.report import agreement, charts, comparison, confusion, differences, estimates, sorting, summary, tables, turns
 from edgelora.report import figures as f
 from edgelora.report.markup import NOTHING, Markup, breakable, language, tag
 from edgelora.report.schema import is_comparison
@@ -50,6 +50,7 @@ def _report(doc: Mapping[str, Any]) -> list[Markup]:
         _section("Loss before and after" if _has_before(doc) else "Loss", *_losses(doc)),
         _section("Labels", _table(tables.accuracy(doc)), _beside(confusion.drawing(doc), _table(confusion.mistakes(doc)))),
         _section(_speed_title(doc), charts.latency(doc), _table(tables.bench(doc)), _list(tables.disturbances(doc))),
+        _section("Which file is faster", *_in_turns(doc)),
         _section("The same file in a browser", *_agreement(doc)),
         _section("Devices", _table(tables.devices(doc))),
         _section("Estimates for other devices", *_estimates(doc)),
@@ -176,6 +177,15 @@ def _estimates(doc: Mapping[str, Any]) -> list[Markup]:
         "nothing of heat, of other apps, or of the time to the first token."
     )
     return [tag("p", note, class_="caption"), table, _list(estimates.trust(doc))] if table else []
+
+
+def _in_turns(doc: Mapping[str, Any]) -> list[Markup]:
+    table = _table(turns.table(doc))
+    note = (
+        "Measured in turns, repeat by repeat, and compared pair by pair: the middle pair says by how much, a signed-rank test whether it is "
+        "more than chance."
+    )
+    return [tag("p", note, class_="caption"), table] if table else []
 
 
 def _beside(figure: Markup, table: Markup) -> Markup:

@@ -184,6 +184,7 @@ REPORT: dict[str, Any] = {
             "peak_rss_bytes": int,
             "decode_tokens": int,
             "workload": int,
+            "turns": str,
             "runtime_version": str,
             "size_bytes": int,
             "prefill_cpu_s": float,
@@ -196,6 +197,19 @@ REPORT: dict[str, Any] = {
             "crowded": bool,  # by something outside: other programs, heat, a quota
             "noisy": bool,
             "noisy_why": str,
+        }
+    ],
+    "in_turns": [  # rows of `bench` of the same `turns`, each against the first of them, pair by pair; change: of the speed, of the time
+        {
+            "file": str,
+            "runtime": str,
+            "against": str,
+            "against_runtime": str,
+            "threads": int,
+            "prompt_tokens": int,
+            "repeats": int,
+            "decode": {"change": float, "word": str, "why": str},
+            "ttft": {"change": float, "word": str, "why": str},
         }
     ],
     "devices": [  # others than `machine` that rows of `bench` were measured on, and how they were at both ends
