@@ -73,9 +73,9 @@ The file that ships: 105.5 MB, 41 % lower loss than the untuned base on paraphra
 | :-- | :-- | --: | --: | --: |
 | sealed | `{GGUF}` | 40.8 % | 84.2 % [77.5, 90.0] | 120 rows |
 
-| File | In | Against | Threads | Prompt tokens | Decode speed | Time to the first token | Repeats |
-| :-- | :-- | :-- | --: | --: | --: | --: | --: |
-| `{ONNX}` | onnxruntime | {GGUF} (in llama.cpp) | 1 | 32 | {MINUS}13.4 % (slower, p = 0.0003 that this is chance) | +1.2 % (noise: within 5%) | 15 |
+| File | In | Against | Threads | Prompt tokens | Repeats | Decode speed | Time to the first token |
+| :-- | :-- | :-- | --: | --: | --: | :-- | :-- |
+| `{ONNX}` | onnxruntime | {GGUF} (in llama.cpp) | 1 | 32 | 15 | {MINUS}13.4 % (slower, p = 0.0003) | \\+1.2 % (noise: within 5%) |
 
 <details><summary>Checks</summary>
 

@@ -182,8 +182,8 @@ def _estimates(doc: Mapping[str, Any]) -> list[Markup]:
 def _in_turns(doc: Mapping[str, Any]) -> list[Markup]:
     table = _table(turns.table(doc))
     note = (
-        "Measured in turns, repeat by repeat, and compared pair by pair: the middle pair says by how much, a signed-rank test whether it is "
-        "more than chance."
+        "Measured in turns, repeat by repeat, and compared pair by pair: the middle pair says by how much; p is the chance that two equal "
+        "files look so different (signed-rank test)."
     )
     return [tag("p", note, class_="caption"), table] if table else []
 
