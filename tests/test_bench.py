@@ -224,7 +224,7 @@ def test_two_real_files_side_by_side(tiny: Path, tmp_path: Path) -> None:
         assert "llama.cpp" in row["runtime_version"]
     assert len({row["turns"] for row in rows}) == 1
     turns = [text.split(",")[0] for text in seen if "repeat" in text]
-    assert turns == [tiny.name, "other.gguf"] * 3
+    assert turns == [tiny.name, "other.gguf", "other.gguf", tiny.name, tiny.name, "other.gguf"]
 
 
 def test_error_of_the_runtime_arrives_as_itself(tiny: Path, tmp_path: Path) -> None:
