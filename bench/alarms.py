@@ -24,7 +24,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,10 @@ def main() -> None:
     parser.add_argument("--earlier", type=Path, help="an earlier result, whose runs come before these")
     options = parser.parse_args()
     files = written(options.base, options.folder, options.near_tensors)
-    with comings_and_goings() if options.loaded else nullcontext():
-        runs = [measured(number, files) for number in range(options.runs)]
+    runs = []
+    with suppress(KeyboardInterrupt), comings_and_goings() if options.loaded else nullcontext():  # interrupted, it judges what it has
+        for number in range(options.runs):
+            runs.append(measured(number, files))
     if not runs:
         return
     runs = [*(json.loads(options.earlier.read_text(encoding="utf-8"))["runs"] if options.earlier else ()), *runs]
