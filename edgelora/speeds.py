@@ -1,9 +1,10 @@
 """When two speeds really differ: one rule, for budgets (`check`), files of one bench (`bench A B`) and several reports (`report A B`).
 
-Two files that took turns in one bench are compared pair by pair: repeat by repeat both met the same moment of the machine. Two benches
-of other minutes met other moments, and a machine that is idle but shared is now faster, now slower, steadily each time: they can
-only be told apart beyond `DRIFT`. Either way a difference counts when it is larger than what is allowed *and* a test says that it is
-no chance. How far the rule can be trusted is measured by ``bench/alarms.py``.
+Two files that took turns in one bench are compared pair by pair: repeat by repeat both met the same moment of the machine. Then a
+difference counts when it is larger than what is allowed *and* a signed-rank test says that it is no chance. Benches of other minutes met
+another machine: one that is idle but shared was 21 % slower within an hour, and half as fast two days later, steadily each time. No
+test of their samples can tell that from a slower file, so that they never prove one. How far the rule can be trusted is measured
+by ``bench/alarms.py``.
 """
 
 from __future__ import annotations
@@ -12,16 +13,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 ALPHA = 0.05  # how often two equal sets of samples may be called different; the change has to be larger than allowed besides
 REPEATS = 15  # in turns: what it takes to see that a file is a tenth slower, 18 times of 20
-DRIFT = 0.25  # share of the time by which benches of one file may differ that were not in turns; 21 % were seen within an hour
 AGAIN = "measure both in turns: edgelora check NEW --against OLD --budget decode=-5%"
 WORK = ("runtime", "device_class", "threads", "prompt_tokens", "decode_tokens", "workload")  # two rows with other values did other work
 _FAST = 0.1  # share of the samples whose slowest stands for them all
-_ENUMERATED = 200_000  # ways to deal the samples; above it the normal approximation is exact enough
 
 
 @dataclass(frozen=True)
@@ -37,17 +35,19 @@ class Slowdown:
     p: float | None = None
 
 
-def slowdown(
-    before: Mapping[str, Any], now: Mapping[str, Any], name: str, allowed: float, called: tuple[str, str] = ("the baseline", "this run")
-) -> Slowdown | None:
+def slowdown(before: Mapping[str, Any], now: Mapping[str, Any], name: str, allowed: float) -> Slowdown | None:
     """Two bench rows of the same work by their raw samples `name` (ttft or decode); None where one has none.
 
     `allowed` is the share of the time that two equal benches may be apart. A step that is not slower by more is no slowdown,
-    whatever the test says. `called` is what the reader knows the two rows as.
+    whatever the test says.
     """
     if not _samples(before, name) or not _samples(now, name):
         return None
-    return _in_turns(before, now, name, allowed) if in_turns(before, now) else _apart(before, now, name, allowed, called)
+    if in_turns(before, now):
+        return _in_turns(before, now, name, allowed)
+    share = _fast(_samples(now, name)) / _fast(_samples(before, name)) - 1
+    again = "measure both again" if now.get("device") else AGAIN
+    return Slowdown(share, False) if share <= allowed else Slowdown(share, None, f"benches that were not in turns do not tell; {again}")
 
 
 def in_turns(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -63,25 +63,7 @@ def _in_turns(before: Mapping[str, Any], now: Mapping[str, Any], name: str, allo
         return Slowdown(share, False)
     if 2.0 ** -len(logs) > ALPHA:
         return Slowdown(share, None, f"{len(logs)} repeats are too few to tell; bench with {REPEATS}")
-    return _tested(share, p_positive(logs))
-
-
-def _apart(before: Mapping[str, Any], now: Mapping[str, Any], name: str, allowed: float, called: tuple[str, str]) -> Slowdown:
-    share = _fast(_samples(now, name)) / _fast(_samples(before, name)) - 1
-    if share <= allowed:
-        return Slowdown(share, False)
-    again = "measure both again" if now.get("device") else AGAIN
-    if share <= DRIFT:
-        return Slowdown(share, None, f"benches that were not in turns may be {DRIFT:.0%} apart; {again}")
-    if disturbed := [which for which, row in zip(called[::-1], (now, before), strict=True) if row.get("crowded", row.get("noisy"))]:
-        return Slowdown(share, None, f"other programs disturbed {' and '.join(disturbed)}; {again}")
-    each, other = repeats(now, name), repeats(before, name)
-    if 1 / math.comb(len(each) + len(other), len(each)) > ALPHA:
-        return Slowdown(share, None, f"{len(other)} and {len(each)} repeats are too few to tell; bench with 5 or more")
-    return _tested(share, p_larger(each, other))
-
-
-def _tested(share: float, chance: float) -> Slowdown:
+    chance = p_positive(logs)
     if chance > ALPHA:
         return Slowdown(share, None, f"the repeats do not differ enough (p = {chance:.2g}); measure again with more", chance)
     return Slowdown(share, True, "", chance)
@@ -105,27 +87,6 @@ def repeats(row: Mapping[str, Any], name: str) -> list[float]:
         return []
     each = len(values) // count
     return [sorted(values[i * each : (i + 1) * each])[each // 4] for i in range(count)]
-
-
-def p_larger(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """How likely samples as large as `ours` are when both come from one source: the one-sided rank-sum test.
-
-    Exact for small samples, whatever the ties; ranks, because latencies have long tails (Mann and Whitney 1947).
-    """
-    n, m = len(ours), len(theirs)
-    if not n or not m:
-        return 1.0
-    pooled = sorted([*ours, *theirs])
-    rank = {value: (2 * pooled.index(value) + pooled.count(value) + 1) / 2 for value in set(pooled)}
-    ranks = [rank[value] for value in pooled]
-    ours_sum = sum(rank[value] for value in ours)
-    if math.comb(n + m, n) <= _ENUMERATED:
-        sums = [sum(chosen) for chosen in combinations(ranks, n)]
-        return sum(s >= ours_sum - 1e-9 for s in sums) / len(sums)
-    mean = n * (n + m + 1) / 2
-    ties = sum(pooled.count(v) ** 3 - pooled.count(v) for v in set(pooled))
-    variance = n * m / 12 * ((n + m + 1) - ties / ((n + m) * (n + m - 1)))
-    return 1.0 if variance <= 0 else 0.5 * math.erfc((ours_sum - mean - 0.5) / math.sqrt(2 * variance))
 
 
 def p_positive(differences: Sequence[float]) -> float:

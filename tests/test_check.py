@@ -125,16 +125,14 @@ CASES: list[tuple[str, Any, Any, dict[str, Any], Any]] = [  # budget, its value,
     ("loss", "+5%", SAME, document(losses__after={"loss": 2.05}), True),
     ("loss", "+5%", SAME, document(losses__after={"loss": 2.2}), False),
     ("accuracy", "-5%", SAME, document(accuracy__after=0.7), False),
-    # changes: speed, on the same machine doing the same work; a record of other minutes says nothing below a quarter
+    # changes: speed, on the same machine doing the same work; a record of other minutes proves nothing
     ("decode", "-5%", SAME, SAME, True),
     ("decode", "-5%", SAME, slower(1.04), True),
     ("decode", "-5%", SAME, slower(1.10), None),
-    ("decode", "-5%", SAME, slower(1.24), None),
-    ("decode", "-5%", SAME, slower(1.26), False),
+    ("decode", "-5%", SAME, slower(2.5), None),
     ("decode", "-30%", SAME, slower(1.26), True),
     ("decode", "-5%", SAME, slower(0.5), True),
     ("ttft", "+5%", SAME, slower(1.10), None),
-    ("ttft", "+5%", SAME, slower(1.30), False),
     ("ttft", "+15%", SAME, slower(1.10), True),
     # measured in turns a tenth is enough, also beside other programs
     ("decode", "-5%", TURNS, slower(1.10, bench__turns="a"), False),
@@ -153,11 +151,7 @@ CASES: list[tuple[str, Any, Any, dict[str, Any], Any]] = [  # budget, its value,
     ("decode", "-5%", SAME, slower(1.10, bench__workload=2), None),
     ("decode", "-5%", document(bench__workload=None), slower(1.10), None),
     ("decode", "-5%", SAME, slower(1.10, bench__prompt_tokens=32), None),
-    ("decode", "-5%", SAME, slower(1.30, bench__noisy=True), None),
-    ("decode", "-5%", document(bench__noisy=True), slower(1.30), None),
     ("decode", "-5%", SAME, document(bench__decode_tok_per_s=90.0), True),  # the samples decide, not a median of them
-    ("decode", "-5%", SAME, slower(1.30, bench__noisy=True, bench__crowded=False), False),  # its own noise is what the test is for
-    ("decode", "-5%", SAME, slower(1.30, bench__crowded=True), None),
     ("decode", "-5%", SAME, document(bench__decode_tok_per_s=90.0, bench__samples_ms={}), None),
     ("decode", "-5%", SAME, document(bench__decode_tok_per_s=NAN), False),
     ("decode", "-5%", document(bench__decode_tok_per_s=0), SAME, None),
@@ -207,17 +201,6 @@ def test_several_demands_on_one_figure() -> None:
     assert found[1].value == "+20.00% since abc1234 (100.0 MB -> 120.0 MB)"
 
 
-def test_the_rank_sum_test_agrees_with_scipy() -> None:
-    scipy = pytest.importorskip("scipy.stats")
-    chance = random.Random(0)
-    for n, m in ((5, 5), (3, 7), (8, 6), (12, 12)):
-        for _ in range(20):
-            ours, theirs = [chance.gauss(0.5, 1) for _ in range(n)], [chance.gauss(0, 1) for _ in range(m)]
-            method = "exact" if n + m < 24 else "asymptotic"
-            expected = scipy.mannwhitneyu(ours, theirs, alternative="greater", method=method).pvalue
-            assert speeds.p_larger(ours, theirs) == pytest.approx(expected, abs=1e-9)
-
-
 def test_the_signed_rank_test_agrees_with_scipy() -> None:
     scipy = pytest.importorskip("scipy.stats")
     chance = random.Random(0)
@@ -253,22 +236,11 @@ def test_turns_see_through_a_drift_that_hides_a_tenth() -> None:
     assert alarms[1.1] >= 195
 
 
-def test_the_rank_sum_test_with_ties_counts_every_deal() -> None:
-    # 2 of the 6 ways to deal [1, 1, 2, 2] into two and two give the larger sum's ranks or more: only {2, 2} reaches 7
-    assert speeds.p_larger([2.0, 2.0], [1.0, 1.0]) == pytest.approx(1 / 6)
-    assert speeds.p_larger([1.0] * 5, [1.0] * 5) == 1.0
-    assert speeds.p_larger([], [1.0]) == 1.0
-
-
 def test_equal_samples_are_seldom_called_different() -> None:
-    """10,000 pairs from one source: at most ALPHA of them, within what chance allows."""
+    """10,000 sets of pairs from one source: at most ALPHA of them, within what chance allows."""
     chance = random.Random(1)
-    alarms = sum(
-        speeds.p_larger([chance.lognormvariate(0, 0.1) for _ in range(5)], [chance.lognormvariate(0, 0.1) for _ in range(5)])
-        <= speeds.ALPHA
-        for _ in range(10_000)
-    )
-    assert alarms <= 10_000 * speeds.ALPHA * 1.3
+    alarms = sum(speeds.p_positive([chance.gauss(0, 0.1) for _ in range(9)]) <= speeds.ALPHA for _ in range(10_000))
+    assert alarms <= 10_000 * speeds.ALPHA * 1.1
 
 
 def test_a_red_size_names_the_tensors(tmp_path: Path, tiny_base: Path) -> None:

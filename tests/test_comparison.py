@@ -100,9 +100,8 @@ def _timed(decode_ms: float, spread: float = 0.01, **changed: Any) -> dict[str, 
     ("other", "what", "word", "why"),
     [
         (_timed(10.1), "decode (llama.cpp, 1 thread, 32-token prompt)", "noise", "within 5%"),
-        (_timed(11.5), "decode (llama.cpp, 1 thread, 32-token prompt)", "cannot tell", "benches that were not in turns may be 25% apart"),
-        (_timed(13.5), "decode (llama.cpp, 1 thread, 32-token prompt)", "real", "slower, p = 0.004 that this is chance"),
-        (_timed(7.5), "decode (llama.cpp, 1 thread, 32-token prompt)", "real", "faster, p = 0.004 that this is chance"),
+        (_timed(11.5), "decode (llama.cpp, 1 thread, 32-token prompt)", "cannot tell", "benches that were not in turns do not tell"),
+        (_timed(7.5), "decode (llama.cpp, 1 thread, 32-token prompt)", "cannot tell", "benches that were not in turns do not tell"),
         (
             {**_timed(11.5), "machine": {"class": "arm64-4core"}},
             "decode (llama.cpp, 1 thread, 32-token prompt)",
@@ -133,28 +132,18 @@ def test_comparison_tells_what_differs_from_noise(other: dict[str, Any], what: s
     assert (f"#### {title}" if word == "real" else f"<summary>{title}</summary>") in report.to_markdown(joined)
 
 
-def test_repeats_that_overlap_tell_nothing() -> None:
-    """The fastest tenth is 30 % slower, and two of five repeats of each lie among the other's."""
-    one, two = _timed(10.0), _timed(13.0)
-    for doc, each in ((one, (10.0, 10.2, 13.5, 15.0, 16.0)), (two, (13.0, 13.2, 14.0, 15.5, 16.5))):
-        doc["bench"][0]["samples_ms"] = {"ttft": list(each), "decode": [ms for ms in each for _ in range(8)]}
-    (row,) = [row for row in report.compare([one, two])["rows"] if row["what"].startswith("decode")]
-    assert row["verdicts"][1]["word"] == "cannot tell"
-    assert row["verdicts"][1]["why"].startswith("the repeats do not differ enough")
-
-
 def test_equal_sizes_are_not_worth_a_word() -> None:
     joined = report.compare([_timed(10.0), _timed(10.1)])
     assert [row["verdicts"][1] for row in joined["rows"] if row["what"] == "size"] == [None]
 
 
 def test_runs_that_ship_different_files_are_compared_by_what_they_ship() -> None:
-    """Two threads against one is other work for a file's row, and a real difference of what is shipped."""
+    """Two threads against one is other work for a file's row, and another way to ship it."""
     one, two = _timed(10.0), _timed(13.5)
     two["bench"][0]["threads"] = 2
     joined = report.compare([one, two])
     rows = {(row["type"], row["what"]): row for row in joined["rows"]}
-    assert rows["the file that ships", "decode (32-token prompt)"]["verdicts"][1]["word"] == "real"
+    assert rows["the file that ships", "decode (32-token prompt)"]["verdicts"][1]["word"] == "cannot tell"
     assert rows["bot.gguf", "decode (llama.cpp, 2 threads, 32-token prompt)"]["values"] == [None, 1000 / 13.5]
     assert "bot 13.5 ships bot.gguf (llama.cpp, 2 threads)." in joined["notes"]
     assert not any(row["type"] == "the file that ships" for row in report.compare([one, _timed(13.5)])["rows"])

@@ -71,7 +71,7 @@ def bench_all(files: Sequence[tuple[Path, str]], settings: Bench, threads: int, 
         before, started = disturbance.snapshot(), time.monotonic()
         for repeat in range(settings.repeats):
             for turn in range(len(files)):
-                number = (repeat + turn) % len(files)  # every repeat begins with another file: whom one follows has cost 3 %
+                number = (repeat + turn) % len(files)  # every repeat begins with another file
                 progress(
                     (repeat * len(files) + turn) / (settings.repeats * len(files)),
                     f"{files[number][0].name}, repeat {repeat + 1} of {settings.repeats}",

@@ -82,8 +82,8 @@ def _speed(first: Cell, cell: Cell, machines: tuple[Any, Any]) -> dict[str, str]
 
 def speed(before: Row, now: Row, samples: str) -> dict[str, str]:
     """{"word", "why"} of two bench rows that did the same work, by their samples of that name."""
-    slower = speeds.slowdown(before, now, samples, ALLOWED, ("the first run", "this run"))
-    faster = speeds.slowdown(now, before, samples, ALLOWED, ("this run", "the first run"))
+    slower = speeds.slowdown(before, now, samples, ALLOWED)
+    faster = speeds.slowdown(now, before, samples, ALLOWED)
     if slower is None or faster is None:
         return {"word": UNKNOWN, "why": "no raw samples"}
     for found, word in ((slower, "slower"), (faster, "faster")):
