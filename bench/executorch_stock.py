@@ -1,10 +1,11 @@
 """ExecuTorch files as edgelora writes them against those of ExecuTorch's own command line: divergence, bytes, cost.
 
-    python bench/executorch_stock.py MODEL --rows FILE --work DIR [--save]
+    python bench/executorch_stock.py recipes/quickstart.yaml MODEL --rows FILE --work DIR [--save]
 
-MODEL is a merged folder of the llama architecture, for instance `runs/quickstart/model-...`. ExecuTorch's command line (`export_llm`, 8da4w
-in groups of 32, 4-bit embedding) wants Meta's layout: rows of q and k in pairs, a checkpoint in torch's format, parameters in JSON;
-both are written for it. Both files are run in ExecuTorch and compared with MODEL in float32 on the same rows.
+MODEL is a merged folder of the llama architecture, for instance `runs/quickstart/model-...`. Ours is written as `edgelora run` writes it,
+rounded by the recipe's training rows. ExecuTorch's command line (`export_llm`, 8da4w in groups of 32, 4-bit embedding) wants Meta's
+layout: rows of q and k in pairs, a checkpoint in torch's format, parameters in JSON; both are written for it. Both files are run in
+ExecuTorch and compared with MODEL in float32 on the same rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import results
 import torch
+from phone_formats import measured, quiet
 
 from edgelora import environments, evaluate
 from edgelora.export import child, gguf, samples
@@ -30,14 +32,10 @@ from edgelora.weights import Checkpoint
 PACKAGES = ("torch", "transformers")
 
 
-def quiet(share: float, text: str) -> None:
-    pass
-
-
 def spent() -> tuple[float, int]:
-    """CPU seconds and the largest resident set (bytes) of all child processes so far."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+    """CPU seconds of this process and all its children so far, and the children's largest resident set (bytes)."""
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(used.ru_utime + used.ru_stime for used in both), both[1].ru_maxrss * 1024
 
 
 def in_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -85,6 +83,7 @@ def stock(model: Path, work: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--work", type=Path, required=True)
@@ -95,9 +94,10 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     files = {}
+    known = measured(given.recipe, given.model, work)
     for who in ("edgelora", "export_llm"):
         before, _ = spent()
-        files[who] = stock(given.model, work) if who == "export_llm" else export.write(given.model, "int4", work, "ours", quiet)
+        files[who] = stock(given.model, work) if who == "export_llm" else export.write(given.model, "int4", work, "ours", quiet, known)
         after, rss = spent()
         found[who] = {"cpu_s": after - before, "peak_rss_bytes_so_far": rss, "size_bytes": files[who].stat().st_size}
     rows = samples.rows(given.model, given.rows)[0][: given.most]
@@ -112,7 +112,11 @@ def main() -> None:
     ]
     if given.save:
         results.save(
-            "executorch-stock", "python bench/executorch_stock.py MODEL --rows FILE --work DIR", PACKAGES, headline, {"found": found}
+            "executorch-stock",
+            f"python bench/executorch_stock.py {given.recipe} MODEL --rows {given.rows} --work DIR",
+            PACKAGES,
+            headline,
+            {"found": found},
         )
 
 

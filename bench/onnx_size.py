@@ -27,7 +27,7 @@ from edgelora.data import chat, split
 from edgelora.export import budget, gguf, onnx_builder, onnx_graph, onnx_plan, onnx_presets, stage
 from edgelora.export import onnx as export
 from edgelora.export.reference import Reference
-from edgelora.quant.compensate import Rounding
+from edgelora.quant.compensate import SHRINK, Rounding
 from edgelora.quant.curvature import Moments
 from edgelora.runtime import onnx_runtime
 from edgelora.weights import Checkpoint
@@ -137,7 +137,7 @@ def main() -> None:
         plan = menu.plan(recipes.size_bytes(wanted))
         predicted[wanted] = {"predicted_kl": plan.kl, "predicted_bytes": plan.size_bytes, "types": dict(plan.types)}
         plans[wanted] = judge(
-            f"plan {wanted}", lambda work, plan=plan: writer.write(plan, moments, Rounding(moments, True, budget._SHRINK), work, quiet)
+            f"plan {wanted}", lambda work, plan=plan: writer.write(plan, moments, Rounding(moments, True, SHRINK), work, quiet)
         )
     rivals = {kind: judge(kind, lambda work, told=told: stock(given.model, told, work)) for kind, told in STOCK.items()}
     ours = {

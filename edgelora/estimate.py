@@ -148,11 +148,15 @@ def later(recipe: recipes.Recipe, base: Outline, cores: int, files: Sequence[dic
 
 def disk_bytes(recipe: recipes.Recipe, base: Outline, files: Sequence[dict[str, Any]]) -> int:
     """What a run holds on the disk at most: a base that has to be fetched or written out, the adapter, and first two checkpoints with their
-    optimizer, then the merged model, where a format wants one, and every file twice (the untuned base's beside the tuned)."""
+    optimizer, then the merged model, where a format wants one, and every file twice (the untuned base's beside the tuned). An exporter of
+    phones' formats reads weights on a grid of 4 bits in 32."""
     sixteen = 2 * base.parameters
     trained = adapter.parameters(base.shapes, recipe.train)
     bases = (base.folder is None) + (recipe.train.variant == "pissa")
-    merged = sixteen * (not all(stage.format_module(section.format).MERGES for section in recipe.exports))
+    sections = [stage.resolve(section) for section in recipe.exports]
+    modules = [stage.format_module(section.format) for section in sections]
+    merged = sixteen * (not all(module.MERGES for module in modules))
+    merged += 2 * sixteen * any(hasattr(m, "PHONE") and m.gains_of(base.config, s.type) for m, s in zip(modules, sections, strict=True))
     written = sum(2 * (row["size_bytes"] or sixteen) for row in files)
     return bases * sixteen + 4 * trained + max(2 * 12 * trained, merged + written)
 

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgelora import environments, tuned
 from edgelora import recipe as recipes
 from edgelora.errors import ModelError, Unsupported
-from edgelora.export import executorch, gguf, phone_readme, stage
+from edgelora.export import executorch, gguf, on_grid, phone_readme, stage
 from edgelora.export import executorch_layout as layout
 from edgelora.runtime import executorch as runtime
 from edgelora.runtime import torch_reference
 from edgelora.runtime.text import FolderText
 from edgelora.weights import Checkpoint
+from tests.phone_files import assert_computes, matrices, measured
+from tests.test_onnx_export import calmed
 from tests.tiny_models import TEXTS, tiny_model, tiny_tokenizer
 
 there = pytest.mark.skipif(
@@ -200,3 +203,21 @@ def test_a_rounded_file_answers_alike_and_a_damaged_one_says_so(tmp_path: Path) 
     cut.write_bytes(paths["int4"].read_bytes()[:-4000])
     with pytest.raises(ModelError, match="executorch"):
         runtime.open(cut, 1)
+
+
+@there
+@pytest.mark.slow
+def test_weights_rounded_by_rows_are_in_the_file(tmp_path: Path) -> None:
+    model = calmed(tiny_model("llama", tmp_path / "hf", num_hidden_layers=2))
+    moments = measured(model, tmp_path)
+    path, source = executorch.write(model, "int4", tmp_path, "tiny", quiet, moments), on_grid.opened(model, executorch._GRID, moments)
+    held = path.read_bytes()
+    for name, codes, scales, _ in matrices(source, executorch._GRID):
+        upper = (codes + 8).astype(np.uint8)
+        assert (upper[:, ::2] | upper[:, 1::2] << 4).tobytes() in held, name
+        assert torch.from_numpy(scales).bfloat16().view(torch.int16).numpy().tobytes() in held, name
+        if name == "model.embed_tokens.weight":  # as a table once more
+            assert (upper[:, ::2] << 4 | upper[:, 1::2]).tobytes() in held
+            assert scales.tobytes() in held
+    with runtime.open(path, 1) as session:
+        assert_computes(session, source, tmp_path)

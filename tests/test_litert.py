@@ -11,10 +11,10 @@ import pytest
 from edgelora import environments, models
 from edgelora.data import chat, template
 from edgelora.errors import ModelError, Unsupported
-from edgelora.export import litert, litert_template, phone_readme, verify
+from edgelora.export import litert, litert_template, on_grid, phone_readme, verify
 from edgelora.runtime import litert_lm, runtime_of, torch_reference
 from edgelora.runtime.text import FolderText
-from tests.phone_files import assert_answers_alike
+from tests.phone_files import assert_answers_alike, assert_computes, matrices, measured
 from tests.test_onnx_export import IDS, calmed, kl, quiet
 from tests.tiny_models import CHAT_TEMPLATE, tiny_model
 
@@ -87,6 +87,21 @@ def test_smaller_types(type: str, most: float, model: Path, exact: Path, tmp_pat
     with litert_lm.open(exact, 1) as wide, litert_lm.open(path, 1) as session:
         assert kl(wide.score(IDS), session.score(IDS)) < most
     assert litert.predict_bytes(model, type) == pytest.approx(path.stat().st_size, rel=0.3)
+
+
+@there
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama", "phi3", "gemma3_text"])
+def test_weights_rounded_by_rows_are_in_the_file(arch: str, tmp_path: Path) -> None:
+    model = calmed(tiny_model(arch, tmp_path / "hf"))
+    moments = measured(model, tmp_path)
+    path, source = litert.write(model, "int4", tmp_path, "tiny", quiet, moments), on_grid.opened(model, litert._GRID, moments)
+    held = path.read_bytes()
+    for name, codes, scales, _ in matrices(source, litert._GRID):
+        assert (codes[:, ::2] & 15 | codes[:, 1::2] << 4).tobytes() in held, name
+        assert scales.astype(np.float16).tobytes() in held, name
+    with litert_lm.open(path, 1) as session:
+        assert_computes(session, source, tmp_path)
 
 
 @there

@@ -11,11 +11,12 @@ import pytest
 from edgelora import environments, models
 from edgelora.data import chat, template
 from edgelora.errors import ModelError, Unsupported
-from edgelora.export import mnn, phone_readme, verify
+from edgelora.export import mnn, on_grid, phone_readme, verify
 from edgelora.runtime import mnn as runtime
 from edgelora.runtime import runtime_of, torch_reference
 from edgelora.runtime.text import FolderText
-from tests.phone_files import assert_answers_alike
+from edgelora.weights import Checkpoint
+from tests.phone_files import assert_answers_alike, assert_computes, matrices, measured
 from tests.test_onnx_export import IDS, calmed, kl, quiet
 from tests.tiny_models import tiny_model
 
@@ -85,6 +86,23 @@ def test_smaller_types(type: str, most: float, model: Path, wide: Path, tmp_path
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert mnn.predict_bytes(model, type) == pytest.approx(size, rel=0.1)
     assert runtime.bytes_per_token(folder) < size
+
+
+@there
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama", "phi3"])
+def test_weights_rounded_by_rows_are_in_the_folder(arch: str, tmp_path: Path) -> None:
+    model = calmed(tiny_model(arch, tmp_path / "hf"))
+    moments = measured(model, tmp_path)
+    kept = ("model.embed_tokens.weight",) if "lm_head.weight" in Checkpoint(model).shapes else ()
+    folder, source = mnn.write(model, "int4", tmp_path, "tiny", quiet, moments), on_grid.opened(model, mnn._GRID, moments, kept)
+    held = (folder / "llm.mnn.weight").read_bytes()
+    for name, codes, scales, low in matrices(source, mnn._GRID):
+        above = (codes - np.repeat(low / scales, codes.shape[1] // scales.shape[1], 1)).astype(np.uint8)
+        assert (above[:, ::2] << 4 | above[:, 1::2]).tobytes() in held, name
+        assert np.stack([low + 8 * scales, scales], 2).tobytes() in held, name
+    with runtime.open(folder, 1) as session:
+        assert_computes(session, source, tmp_path)
 
 
 @there

@@ -26,7 +26,7 @@ from edgelora.export import PLANNERS, beside, stage, verify
 from edgelora.export.referee import Referee, part
 from edgelora.export.reference import Reference
 from edgelora.quant import curvature, size_plan
-from edgelora.quant.compensate import Rounding
+from edgelora.quant.compensate import SHRINK, Rounding
 from edgelora.quant.curvature import Curvature
 from edgelora.quant.size_plan import Menu, Option, Plan
 from edgelora.runtime import runtimes_of
@@ -38,7 +38,6 @@ Progress = Callable[[float, str], None]
 PLAN = "plan.json"
 _MOMENTS, _MENUS = "moments.safetensors", "menus.json"
 _COLLECTING = 0.5  # of the time that `measure` takes
-_SHRINK = 0.2  # of the correlations between inputs, estimated from few rows; less lets feedback overshoot the blocks (bench/NOTES.md)
 _ROUNDINGS = {"compensated": True, "nearest": False}
 
 
@@ -116,7 +115,7 @@ def measure(
         planner.MEASURED,
         make,
         made_from={"model": model.key, "rows": merge.rows_key(calibration)},
-        recipe={"base": base, "name": name, "shrink": _SHRINK},
+        recipe={"base": base, "name": name, "shrink": SHRINK},
         versions=artifact.versions_of("torch", "transformers", "llama-cpp-python"),
         rows={"train": "train"},
     )
@@ -139,7 +138,7 @@ def _costs(
     together = sum(matrix.pieces for matrix in matrices.values())
 
     def options(key: str, compensated: bool) -> tuple[Option, ...]:
-        costs = matrices[key].costs(found, Rounding(moments, compensated, _SHRINK), together)
+        costs = matrices[key].costs(found, Rounding(moments, compensated, SHRINK), together)
         return tuple(Option(kind, n_bytes, costs[kind]) for kind, (n_bytes, _) in matrices[key].options().items())
 
     menus: dict[str, dict[str, tuple[Option, ...]]] = {rounding: {} for rounding in competing}
@@ -215,7 +214,7 @@ def export(
 
         def write(rounding: str, chosen: Plan, step: Progress) -> Path:
             place = Path(tempfile.mkdtemp(dir=scratch))
-            return Path(writer.write(chosen, moments, Rounding(moments, _ROUNDINGS[rounding], _SHRINK), place, step))
+            return Path(writer.write(chosen, moments, Rounding(moments, _ROUNDINGS[rounding], SHRINK), place, step))
 
         menus_ = {rounding: replace(menu, fixed_bytes=writer.fixed_bytes) for rounding, menu in menus(known).items()}
         referee = Referee(write, reference, rows, _answers(described, model), module.RUNTIME, threads)

@@ -15,10 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from edgelora import environments, models
-from edgelora.export import elsewhere, gguf
+from edgelora.export import elsewhere, gguf, on_grid
 from edgelora.export import executorch_layout as layout
 from edgelora.export.phone_readme import Phone
 from edgelora.export.rotation import head_dim
+from edgelora.quant import moments
+from edgelora.quant.curvature import Moments
+from edgelora.quant.nbits import Layout
 from edgelora.weights import Checkpoint
 
 DEFAULT_TYPE = "int4"
@@ -33,8 +36,8 @@ REQUIRES = ("transformers", "tokenizers")
 ENVIRONMENT = "executorch"
 MERGES = False
 APART = False
-OPTIONS: frozenset[str] = frozenset()
-CALIBRATION = ""
+OPTIONS = frozenset({"importance"})
+CALIBRATION = "moments"
 PHONE = Phone(
     library=f"ExecuTorch {environments.versions(ENVIRONMENT)['executorch']} (CPU, XNNPACK)",
     android=f"org.pytorch:executorch-android:{environments.versions(ENVIRONMENT)['executorch']}",
@@ -71,14 +74,18 @@ func ask(_ question: String, show: @escaping (String) -> Void) throws {
 
 Progress = Callable[[float, str], None]
 
+calibration, gains_from_importance, gains_of = on_grid.calibration, on_grid.gains_from_importance, on_grid.gains_of
+
 _LAYER_BYTES = 25_000  # of the program
+_GRID = Layout(4, layout.GROUP, zeros=False, short=True)
 _BITS = {"int4": (4, layout.GROUP), "int8": (8, 0), "fp32": (0, 0)}
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -> Path:
+def write(model: Path, type: str, folder: Path, name: str, progress: Progress, importance: Moments | None = None) -> Path:
     """Write ``folder/<name>-<type>.pte`` from the Hugging Face folder `model` and return it; the tokenizer's files go beside it.
 
+    `importance`, the second moments of every matrix's inputs on training rows, rounds `int4` by what matters.
     Raises Unsupported for a model that ExecuTorch's transformer cannot be, ToolMissing without the environment, ModelError
     with the exporter's own last words when it fails.
     """
@@ -86,7 +93,9 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
     path = folder / f"{name}-{type}.pte"
     with elsewhere.scratch(folder) as scratch:
         partial = scratch / path.name
-        elsewhere.run(ENVIRONMENT, job | {"output": str(partial.resolve())}, scratch.resolve(), model, progress)
+        source, progress = on_grid.source(model, type, _GRID, importance, scratch, progress)
+        job |= {"folder": str(source.resolve()), "on_grid": source != model, "output": str(partial.resolve())}
+        elsewhere.run(ENVIRONMENT, job, scratch.resolve(), model, progress)
         partial.replace(path)
     for file in _BESIDE:
         if (model / file).is_file():
@@ -103,7 +112,7 @@ def context(model: Path) -> int:
     return int(min(longest, original or longest))
 
 
-def predict_bytes(model: Path, type: str, name: str = "") -> int:
+def predict_bytes(model: Path, type: str, name: str = "", importance: object = None) -> int:
     """Estimate the bytes of the .pte. Raises Unsupported as `write` does."""
     config, shapes = gguf.model_config(model), Checkpoint(model).shapes
     _check(config, shapes, type, context(model))
@@ -133,7 +142,8 @@ def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], 
     Peaks: 2.2 GB for a model of 135M in 4 bits, 0.5 GB for a tiny one.
     """
     values = sum(math.prod(shape) for shape in shapes.values())
-    return {"peak_bytes": 5e8 + 13.0 * values, "seconds": 8 + 15.0 * int(config["num_hidden_layers"]) + 1.5e-7 * values}
+    own = {"peak_bytes": 5e8 + 13.0 * values, "seconds": 8 + 15.0 * int(config["num_hidden_layers"]) + 1.5e-7 * values}
+    return moments.estimate(own, values, shapes["model.embed_tokens.weight"][0]) if importance else own
 
 
 def _check(config: Any, shapes: Mapping[str, Sequence[int]], type: str, context: int) -> dict[str, layout.Rows]:
@@ -157,7 +167,6 @@ def _job(model: Path, type: str) -> dict[str, Any]:
     inv_freq, factor = layout.frequencies(config, longest)
     bits, group = _BITS[type]
     return {
-        "folder": str(model.resolve()),
         "tensors": tensors,
         "params": layout.params(config, shapes, longest),
         "inv_freq": inv_freq,

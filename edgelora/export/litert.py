@@ -14,8 +14,11 @@ from typing import Any
 from edgelora import environments, models
 from edgelora.data import chat
 from edgelora.errors import Unsupported
-from edgelora.export import elsewhere, litert_template, verify
+from edgelora.export import elsewhere, litert_template, on_grid, verify
 from edgelora.export.phone_readme import Phone
+from edgelora.quant import moments
+from edgelora.quant.curvature import Moments
+from edgelora.quant.nbits import Layout
 from edgelora.runtime.text import FolderText
 
 DEFAULT_TYPE = "int8"  # 4 bits a weight are too coarse for models as small as the quick start's (bench/NOTES.md)
@@ -31,8 +34,8 @@ REQUIRES = ("transformers", "tokenizers")
 ENVIRONMENT = "litert"
 MERGES = False
 APART = False
-OPTIONS: frozenset[str] = frozenset()
-CALIBRATION = ""
+OPTIONS = frozenset({"importance"})
+CALIBRATION = "moments"
 PHONE = Phone(
     library=f"LiteRT-LM {environments.versions(ENVIRONMENT)['litert-lm-api']} (CPU, XNNPACK); tokenizer and chat template are inside the file",
     android="com.google.ai.edge.litertlm:litertlm-android:0.18.0",
@@ -55,19 +58,23 @@ suspend fun ask(question: String, show: (String) -> Unit) {
 
 Progress = Callable[[float, str], None]
 
+calibration, gains_from_importance, gains_of = on_grid.calibration, on_grid.gains_from_importance, on_grid.gains_of
+
 # Architectures whose graph was held against the model itself, on tiny models of them.
 ARCHITECTURES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 _ROUNDING = {"int4": "dynamic_wi4b32_afp32", "int4-channel": "dynamic_wi4_afp32", "int8": "dynamic_wi8_afp32", "fp32": None}
 _BITS = {"int4": 4, "int4-channel": 4, "int8": 8, "fp32": 32}
 _BLOCK = 32
+_GRID = Layout(4, _BLOCK, zeros=False, short=True)
 _READ = 128  # tokens of a prompt read at once
 _LAYER_BYTES = 87_000  # of the graph, in both of its signatures
 _SECTION = 16 * 1024
 
 
-def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -> Path:
+def write(model: Path, type: str, folder: Path, name: str, progress: Progress, importance: Moments | None = None) -> Path:
     """Write ``folder/<name>-<type>.litertlm`` from the Hugging Face folder `model` and return it.
 
+    `importance`, the second moments of every matrix's inputs on training rows, rounds `int4` by what matters.
     Raises Unsupported for a model or a width that was not tried or cannot be, ToolMissing without the environment,
     VerifyError when LiteRT-LM's engine renders the chat template otherwise in every form that we know, ModelError with the
     exporter's own last words when it fails.
@@ -76,7 +83,9 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
     path = folder / f"{name}-{type}.litertlm"
     with elsewhere.scratch(folder) as scratch:
         partial = scratch / path.name
-        job = _job(model, type) | {"scratch": str(scratch.resolve()), "output": str(partial.resolve())}
+        source, progress = on_grid.source(model, type, _GRID, importance, scratch, progress)
+        job = _job(source, type) | {"scratch": str(scratch.resolve()), "output": str(partial.resolve())}
+        job["grid"] = _BLOCK if source != model else None
         elsewhere.run(ENVIRONMENT, job, scratch.resolve(), model, progress)
         partial.replace(path)
     progress(1.0, "written")
@@ -86,7 +95,7 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
 context = elsewhere.context
 
 
-def predict_bytes(model: Path, type: str, name: str = "") -> int:
+def predict_bytes(model: Path, type: str, name: str = "", importance: object = None) -> int:
     """Estimate the bytes of the file, from the shapes and the tokenizer. Raises Unsupported as `write` does."""
     config, shapes = _check(model, type)
     tokenizer = len(zlib.compress((model / "tokenizer.json").read_bytes()))
@@ -111,7 +120,8 @@ def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], 
     Fitted on two cores of an x86-64 machine; a slower processor takes longer.
     """
     values = sum(math.prod(shape) for shape in shapes.values())
-    return {"peak_bytes": 7e8 + 20.5 * values, "seconds": 8 + 1.45 * int(config["num_hidden_layers"]) + 4e-8 * values}
+    own = {"peak_bytes": 7e8 + 20.5 * values, "seconds": 8 + 1.45 * int(config["num_hidden_layers"]) + 4e-8 * values}
+    return moments.estimate(own, values, shapes["model.embed_tokens.weight"][0]) if importance else own
 
 
 def _check(model: Path, type: str) -> tuple[Any, Mapping[str, Sequence[int]]]:

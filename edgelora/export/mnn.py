@@ -17,8 +17,11 @@ from typing import Any
 from edgelora import environments, models
 from edgelora.data import chat
 from edgelora.errors import Unsupported, VerifyError
-from edgelora.export import elsewhere, transformers4, verify
+from edgelora.export import elsewhere, on_grid, transformers4, verify
 from edgelora.export.phone_readme import Phone
+from edgelora.quant import moments
+from edgelora.quant.curvature import Moments
+from edgelora.quant.nbits import Layout
 from edgelora.runtime import mnn as runtime
 from edgelora.runtime.text import FolderText
 
@@ -34,8 +37,8 @@ REQUIRES = ("transformers", "tokenizers")
 ENVIRONMENT = "mnn"
 MERGES = False
 APART = False
-OPTIONS: frozenset[str] = frozenset()
-CALIBRATION = ""
+OPTIONS = frozenset({"importance"})
+CALIBRATION = "moments"
 PHONE = Phone(
     library=f"MNN {environments.versions(ENVIRONMENT)['MNN']} (CPU), built from its sources with -DMNN_BUILD_LLM=ON -DMNN_LOW_MEMORY=ON -DMNN_SUPPORT_TRANSFORMER_FUSE=ON",
     android="",
@@ -80,28 +83,35 @@ extern "C" const char *modelAsk(const char *question) {
 
 Progress = Callable[[float, str], None]
 
+calibration, gains_from_importance, gains_of = on_grid.calibration, on_grid.gains_from_importance, on_grid.gains_of
+
 # Architectures whose graph was held against the model itself, on tiny models of them.
 ARCHITECTURES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 _BLOCK = 64
+_GRID = Layout(4, _BLOCK, zeros=True, short=True)
 _BITS = {"int4": 4, "int8": 8, "fp16": 16}
 _KEPT = ("llm.mnn", "llm.mnn.weight", "llm_config.json", "config.json", "tokenizer.mtok", "embeddings_bf16.bin")
 _LAYER_BYTES = 16_500  # of the graph
 
 
-def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -> Path:
+def write(model: Path, type: str, folder: Path, name: str, progress: Progress, importance: Moments | None = None) -> Path:
     """Write the folder ``folder/<name>-<type>-mnn`` from the Hugging Face folder `model` and return it.
 
+    `importance`, the second moments of every matrix's inputs on training rows, rounds `int4` by what matters.
     Raises Unsupported for a model that was not tried, ToolMissing without the environment, VerifyError when MNN's template
     engine renders otherwise than training did, ModelError with the exporter's own last words when it fails.
     """
-    _check(model, type)
+    _, shapes = _check(model, type)
     target = folder / f"{name}-{type}-mnn"
     with elsewhere.scratch(folder) as scratch:
         # Relative names: the exporter takes a path with "bge" or "gte" anywhere in it for another kind of model.
-        described, built = transformers4.described(model.resolve(), scratch), scratch / "built"
+        kept = ("model.embed_tokens.weight",) if "lm_head.weight" in shapes else ()  # in 16 bits
+        source, progress = on_grid.source(model, type, _GRID, importance, scratch, progress, kept)
+        described, built = transformers4.described(source.resolve(), scratch), scratch / "built"
         _split_digits(described / "tokenizer.json")
         options = ["--quant_bit", str(_BITS[type]), "--quant_block", str(_BLOCK), *(["--seperate_embed"] if type == "fp16" else [])]
-        job = {"model": described.name, "output": built.name, "options": options, "stop_ids": list(FolderText(model).stop_ids)}
+        job = {"model": described.name, "output": built.name, "options": options, "on_grid": source != model}
+        job["stop_ids"] = list(FolderText(model).stop_ids)
         elsewhere.run(ENVIRONMENT, job, scratch.resolve(), model, lambda share, text: progress(0.9 * share, text))
         for path in built.iterdir():
             if path.name not in _KEPT:
@@ -119,7 +129,7 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress) -
 context = elsewhere.context
 
 
-def predict_bytes(model: Path, type: str, name: str = "") -> int:
+def predict_bytes(model: Path, type: str, name: str = "", importance: object = None) -> int:
     """Estimate the bytes of the folder, from the shapes and the tokenizer. Raises Unsupported as `write` does."""
     config, shapes = _check(model, type)
     return bytes_of(config.to_dict(), shapes, type) + int(0.36 * (model / "tokenizer.json").stat().st_size)
@@ -146,7 +156,8 @@ def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], 
     Fitted on two cores of an x86-64 machine; a slower processor takes longer.
     """
     values = sum(math.prod(shape) for shape in shapes.values())
-    return {"peak_bytes": 5e8 + 7.0 * values, "seconds": 4 + 0.15 * int(config["num_hidden_layers"]) + 3e-8 * values}
+    own = {"peak_bytes": 5e8 + 7.0 * values, "seconds": 4 + 0.15 * int(config["num_hidden_layers"]) + 3e-8 * values}
+    return moments.estimate(own, values, shapes["model.embed_tokens.weight"][0]) if importance else own
 
 
 def _check(model: Path, type: str) -> tuple[Any, Mapping[str, Sequence[int]]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from edgelora.errors import ModelError, UsageError
 from edgelora.export import architectures, onnx_builder, onnx_graph, onnx_optimum, onnx_presets
+from edgelora.quant import moments
 from edgelora.quant.curvature import Moments
 from edgelora.runtime import onnx_runtime
 from edgelora.weights import Checkpoint
@@ -36,9 +37,6 @@ _TEXT = re.compile(r"(tokenizer|special_tokens|added_tokens|chat_template|vocab|
 _KEPT = re.compile(rf"model\.onnx(\.data)?|genai_config\.json|{_TEXT.pattern}")
 # CPU seconds and bytes: a fixed part (imports), and a part for every weight.
 _SECONDS = (5.0, {"int4": 2.6e-8, "int4-mixed": 1.95e-7, "int8": 3.1e-8, "fp32": 1.4e-8})
-# Rounding by rows: a pass forwards and backwards over them, with the gradients of 256 tokens' predictions.
-_ROUNDING_SECONDS = 4.7e-7
-_LOGITS_BYTES = 6 * 4 * 256
 _PEAK_BYTES = (6e8, {"int4": 6.8, "int4-mixed": 11.3, "int8": 6.8, "fp32": 4.0})
 # Where the model lay and how it was found: nobody else's business.
 _PRIVATE_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "local_files_only", "is_local")
@@ -197,11 +195,8 @@ def estimate_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], 
     values = sum(math.prod(shape) for shape in shapes.values())
     if _is_tied(config, shapes):
         values += math.prod(table)  # the builder writes the head out
-    seconds, peak = _SECONDS[0] + values * _SECONDS[1][type], _PEAK_BYTES[0] + values * _PEAK_BYTES[1][type]
-    if importance:
-        seconds += values * _ROUNDING_SECONDS
-        peak = max(peak, 1.5e9 + 8 * values + _LOGITS_BYTES * table[0])
-    return {"peak_bytes": peak, "seconds": seconds}
+    own = {"peak_bytes": _PEAK_BYTES[0] + values * _PEAK_BYTES[1][type], "seconds": _SECONDS[0] + values * _SECONDS[1][type]}
+    return moments.estimate(own, values, table[0]) if importance else own
 
 
 def _matrix_bytes(shape: Sequence[int], type: str, block: int, eight: bool) -> int:

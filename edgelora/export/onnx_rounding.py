@@ -24,7 +24,6 @@ from edgelora.weights import Checkpoint
 
 Progress = Callable[[float, str], None]
 
-SHRINK = 0.2  # of the correlations between inputs, which few rows estimate (bench/NOTES.md)
 _FAR = 0.35  # relative error above which a stored matrix is not the checkpoint's: 4 bits are near 0.1
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)_proj")
 _PARTS = {"qkv": ("q", "k", "v")}
@@ -57,7 +56,7 @@ def rounded(
             read(names[1]), read(names[2]).view(np.float32), read(names[3]) if layout.zeros else None, values.shape[1], layout
         )
         _same(stored, values, node.name)
-        made = nbits.quantize(values, layout, np.diag(found), compensate.feedback(found, SHRINK))
+        made = nbits.quantize(values, layout, np.diag(found), compensate.feedback(found, compensate.SHRINK))
         codes, zeros = made.packed()
         arrays |= {names[1]: codes, names[2]: made.scales}
         if layout.zeros:

@@ -20,6 +20,7 @@ from edgelora.quant import ggml
 from edgelora.quant.ggml import Type
 from edgelora.quant.grids import GRIDS
 
+SHRINK = 0.2  # of the correlations between inputs, estimated from few rows; less lets feedback overshoot the blocks (bench/NOTES.md)
 VALUES_AT_ONCE = 1 << 20  # columns are done one after the other, so many rows at once make their steps worth it
 
 

@@ -25,11 +25,15 @@ _FINE = np.array([1.0], np.float32)  # in 8 bits nothing is gained by cutting th
 
 @dataclass(frozen=True)
 class Layout:
-    """How a matrix is stored. Without `zeros` every block's zero point is the middle code, 2^(bits - 1)."""
+    """How a matrix is stored. Without `zeros` every block's zero point is the middle code, 2^(bits - 1).
+
+    `short`: scales are not negative, and values that float16 and bfloat16 both hold, as runtimes for phones want them.
+    """
 
     bits: int
     block: int
     zeros: bool
+    short: bool = False
 
     @property
     def name(self) -> str:
@@ -140,7 +144,13 @@ def _search(block: np.ndarray, importance: np.ndarray, layout: Layout) -> tuple[
         better = gain < best
         best = np.where(better, gain, best)
         best_scale, best_zero = np.where(better, fitted, best_scale), np.where(better, zero, best_zero)
-    return best_scale, best_zero
+    return _short(best_scale) if layout.short else best_scale, best_zero
+
+
+def _short(scale: np.ndarray) -> np.ndarray:
+    """The nearest value that float16 holds, and of those near it one that bfloat16 holds too."""
+    bits = scale.astype(np.float16).astype(np.float32).view(np.uint32)
+    return np.asarray((bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).view(np.float32))
 
 
 def _candidates(block: np.ndarray, layout: Layout) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -150,7 +160,7 @@ def _candidates(block: np.ndarray, layout: Layout) -> Iterator[tuple[np.ndarray,
         # One side has one code more: a negative scale puts it above zero.
         largest = np.maximum(high, -low)
         for step in steps:
-            for sign in (1, -1):
+            for sign in (1,) if layout.short else (1, -1):
                 yield largest * (sign * step / layout.middle), np.full_like(low, layout.middle)
         return
     for step in steps:

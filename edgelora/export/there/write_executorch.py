@@ -13,6 +13,7 @@ from typing import Any
 
 warnings.simplefilter("ignore")
 
+import grid  # noqa: E402
 import torch  # noqa: E402
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # noqa: E402
     XnnpackDynamicallyQuantizedPartitioner,
@@ -30,6 +31,7 @@ from safetensors import safe_open  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_  # noqa: E402
 from torchao.quantization.granularity import PerAxis, PerGroup  # noqa: E402
+from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor  # noqa: E402
 
 
 def say(share: float, text: str) -> None:
@@ -60,10 +62,18 @@ def weights(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def quantized(model: Any, bits: int, group: int) -> Any:
+def read_off(weight: Any, block_size: Any, smallest: int, largest: int) -> tuple[Any, Any]:
+    """Codes and scales of weights that lie on the grid; stands in for torchao's half-quadratic search."""
+    scale = torch.from_numpy(grid.steps(weight.numpy(), block_size[1], signed=True))
+    return torch.round(weight / scale.repeat_interleave(block_size[1], 1)).to(torch.int32), scale
+
+
+def quantized(model: Any, bits: int, group: int, on_grid: bool) -> Any:
     """Matrices as signed integers, in groups or by row, activations rounded to 8 bits as they come; the embedding in the same bits."""
     if not bits:
         return model
+    if on_grid:
+        intx_unpacked_to_int8_tensor._choose_qparams_and_quantize_scale_only_hqq = read_off
     model = EmbeddingQuantHandler(model, bitwidth=bits, group_size=group, packed=bits == 4).quantized_model()
     config = Int8DynamicActivationIntxWeightConfig(
         weight_dtype=torch.int4 if bits == 4 else torch.int8,
@@ -105,7 +115,7 @@ def main(job: dict[str, Any]) -> None:
     say(0.05, "reading the weights")
     model = model_of(job)
     say(0.1, "rounding the weights")
-    model = quantized(model, job["bits"], job["group"])
+    model = quantized(model, job["bits"], job["group"], job["on_grid"])
     say(0.2, "tracing the model")
     program = exported(model, job["params"]["max_context_len"])
     say(0.3, "lowering it to XNNPACK")

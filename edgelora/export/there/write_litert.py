@@ -10,13 +10,17 @@ import os
 import sys
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ai_edge_quantizer
+import grid
 import litert_lm
 import litert_lm_builder as bundles
 from ai_edge_litert import schema_py_generated
+from ai_edge_quantizer import algorithm_manager
 from ai_edge_quantizer import recipe as recipes
+from ai_edge_quantizer.algorithms.uniform_quantize import naive_min_max_quantize
 from litert_lm_builder.runtime.proto import llm_metadata_pb2, llm_model_type_pb2
 
 
@@ -66,11 +70,28 @@ def rounded(graph: str, job: dict[str, Any]) -> str:
     """The path of the graph with its matrices rounded by the quantizer's recipe of that name; None leaves them."""
     if job["rounding"] is None:
         return graph
+    if job["grid"]:
+        for op, materialize in algorithm_manager.MIN_MAX_OP_NAME_MATERIALIZE_FUNC_DICT.items():
+            algorithm_manager.register_quantized_op(
+                algorithm_manager.AlgorithmName.MIN_MAX_UNIFORM_QUANT,
+                op,
+                naive_min_max_quantize.init_qsvs,
+                calibration_func=naive_min_max_quantize.min_max_calibrate,
+                materialize_func=partial(materialize, partial(read_off, job["grid"])),
+            )
     quantizer = ai_edge_quantizer.Quantizer(graph)
     quantizer.load_quantization_recipe(getattr(recipes, job["rounding"])())
     target = os.path.join(job["scratch"], "rounded.tflite")
     quantizer.quantize().export_model(target, overwrite=True)
     return target
+
+
+def read_off(block: int, op: Any, config: Any, weights: Any = None, span: Any = None) -> Any:
+    """The quantizer's parameters of weights that lie on the grid: it divides the largest value by the largest code."""
+    if weights is not None:
+        largest = grid.LARGEST * grid.steps(weights, block, signed=True)
+        span = {"min": -largest, "max": largest}
+    return naive_min_max_quantize.get_tensor_quant_params(op, config, weights, span)
 
 
 def bundle(graph: str, template: str, job: dict[str, Any]) -> None:

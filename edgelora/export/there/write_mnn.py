@@ -6,9 +6,14 @@ The exporter is MNN's own (llmexport), as a library: its console script looks fo
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 from typing import Any
+
+import grid
+import numpy as np
+import torch
 
 # MNN's converter would install a package with whatever pip comes first on the path, and report each conversion to a server.
 sys.modules["MNN.tools.utils.log"] = None  # type: ignore[assignment]
@@ -30,8 +35,21 @@ def exporter() -> Any:
     return module
 
 
+def read_off(weight: Any, bits: int, block: int, *others: bool) -> tuple[Any, Any]:
+    """Codes, two a byte, and offset and scale of every block of weights that lie on the grid; stands in for the exporter's rounding."""
+    block = math.gcd(block, weight.shape[1])
+    step = grid.steps(weight.numpy(), block, signed=False).reshape(-1, 1)
+    blocks = weight.numpy().reshape(-1, block)
+    low = np.minimum(blocks.min(1, keepdims=True), 0)
+    codes = np.rint((blocks - low) / step).astype(np.uint8).reshape(-1, 2)
+    alpha = np.concatenate([low + step * (1 << bits - 1), step], 1)
+    return torch.from_numpy(codes[:, 0] << 4 | codes[:, 1]), torch.from_numpy(alpha.reshape(-1))
+
+
 def main(job: dict[str, Any]) -> None:
     script = exporter()
+    if job["on_grid"]:
+        sys.modules["utils.torch_utils"]._quant_on_device = read_off  # type: ignore[attr-defined]
     say(0.2, "loading the model")
     parser = argparse.ArgumentParser()
     script.build_args(parser)
