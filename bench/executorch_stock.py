@@ -95,7 +95,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     files = {}
     known = measured(given.recipe, given.model, work)
-    for who in ("edgelora", "export_llm"):
+    for who in ("export_llm", "edgelora"):
         before, _ = spent()
         files[who] = stock(given.model, work) if who == "export_llm" else export.write(given.model, "int4", work, "ours", quiet, known)
         after, rss = spent()
