@@ -56,7 +56,7 @@ def check(finished: Line, reference: Reference, rows: list[Encoded], tmp_path: P
     """`verify` of a file made from the merged folder; `widest` is what it is made of in the widest type."""
     folder = finished.one("model-*")
 
-    def run(file: Path, max_kl: float = MAX_KL, widest: Path | None = None) -> dict[str, Any]:
+    def run(file: Path, max_kl: float = MAX_KL, widest: Path | None = None, **more: Any) -> dict[str, Any]:
         module = stage.format_module("gguf" if file.suffix == ".gguf" else "onnx")
 
         def full_precision() -> Path:
@@ -64,7 +64,7 @@ def check(finished: Line, reference: Reference, rows: list[Encoded], tmp_path: P
             return widest or Path(module.write(folder, stage._widest(module), tmp_path / "widest", "widest", lambda share, text: None))
 
         merged = lambda: Reference(folder, Checkpoint(folder), None, rows, 1)  # noqa: E731
-        return verify.verify(folder, file, module.RUNTIME, reference, rows, max_kl, 1, full_precision, merged)
+        return verify.verify(folder, file, module.RUNTIME, reference, rows, max_kl, 1, full_precision, merged, **more)
 
     return run
 
@@ -141,12 +141,13 @@ def zeroed(name: str, raw: np.ndarray) -> np.ndarray:
     return np.zeros_like(raw) if name == "blk.1.ffn_down.weight" else raw
 
 
-def test_gguf_weights(file: Path, tmp_path: Path, refused: Refused) -> None:
-    message, hint = refused(rewritten(file, tmp_path / "w.gguf", {}, zeroed))
+@pytest.mark.parametrize("more", [{}, {"finer": "name rows"}])
+def test_gguf_weights(more: dict[str, str], file: Path, tmp_path: Path, refused: Refused) -> None:
+    message, hint = refused(rewritten(file, tmp_path / "w.gguf", {}, zeroed), **more)
     assert message.startswith("w.gguf: KL ")
     assert message.endswith(f" nats a token from the trained model, more than evaluate.max_kl = {MAX_KL}")
     assert hint.startswith("the culprit is the weights: in full precision the KL is ")
-    assert hint.endswith(", so this type is too coarse for this model; choose a larger one")
+    assert hint.endswith(f", so this type is too coarse for this model; {more.get('finer', 'choose a larger one')}")
 
 
 def test_gguf_weights_that_are_no_numbers(file: Path, tmp_path: Path, refused: Refused) -> None:

@@ -21,7 +21,7 @@ from edgelora.quant.curvature import Moments
 from edgelora.quant.nbits import Layout
 from edgelora.runtime.text import FolderText
 
-DEFAULT_TYPE = "int8"  # 4 bits a weight are too coarse for models as small as the quick start's (bench/NOTES.md)
+DEFAULT_TYPE = "int4"
 TYPES = {
     "int4": "4-bit weights in blocks of 32, 8-bit activations, 4-bit embedding",
     "int4-channel": "4-bit weights with one scale a row: for models trained to be rounded like that; others come out as gibberish and are refused",

@@ -190,6 +190,7 @@ def export(
                 facts |= {"base_file": item.name, "base_bytes": size_bytes(folder / item.name)}
         written = folder / files[kept].name
         progress(0.8, f"opening {written.name} in {module.RUNTIME}")
+        unrounded = module.CALIBRATION == "moments" and not importance and weighed(described, section)
         found = verify.verify(
             described,
             written,
@@ -200,6 +201,7 @@ def export(
             threads,
             full_precision=lambda: write(kept, _widest(module), scratch / "widest", lambda share, text: None),
             merged=lambda: Reference(described, source(kept).get("weights") or Checkpoint(described), None, checked, threads),
+            **({"finer": "name rows that say how to round it, or choose a larger one"} if unrounded else {}),
         )
         if others := [name for name in module.FURTHER if name in runtimes_of(written)]:
             progress(0.95, f"opening {written.name} in {', '.join(others)}")

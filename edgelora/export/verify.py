@@ -57,12 +57,14 @@ def verify(
     threads: int,
     full_precision: Callable[[], Path],
     merged: Callable[[], Reference],
+    finer: str = "choose a larger one",
 ) -> dict[str, Any]:
     """Facts about `exported` against `reference`, the model as trained, on `rows`; VerifyError names what differs.
 
     `model` is the folder whose configuration and tokenizer it was written with. `reference` begins with `rows`.
     `full_precision` writes the same model in the format's widest type, `merged` runs the weights it was written from;
     they are called only to tell coarse weights from a wrong conversion or a merge that went away from what was trained.
+    `finer` is what to do about coarse ones.
     """
     tokenizer = models.open_tokenizer(model)
     with runtime(runtime_name).open(exported, threads) as session:
@@ -72,7 +74,7 @@ def verify(
         measured = evaluate.divergence_summary(evaluate.divergence(reference, session, rows))
     if not measured["kl"] <= max_kl:  # also catches NaN
         with runtime(runtime_name).open(full_precision(), threads) as widest:
-            culprit = _culprit(reference, widest, rows, merged)
+            culprit = _culprit(reference, widest, rows, merged, finer)
         raise VerifyError(
             f"{exported.name}: KL {measured['kl']:.3g} nats a token from the trained model, more than evaluate.max_kl = {max_kl}", culprit
         )
@@ -158,13 +160,13 @@ def _same_end(tokenizer: Any, stop_ids: Sequence[int], session: Session, exporte
         )
 
 
-def _culprit(reference: Reference, widest: Session, rows: Sequence[Encoded], merged: Callable[[], Reference]) -> str:
+def _culprit(reference: Reference, widest: Session, rows: Sequence[Encoded], merged: Callable[[], Reference], finer: str) -> str:
     def kl(one: Session | Reference, other: Session | Reference) -> float:
         return float(evaluate.divergence_summary(evaluate.divergence(one, other, rows))["kl"])
 
     away = kl(reference, widest)
     if away <= _EXACT_KL:
-        return f"the culprit is the weights: in full precision the KL is {away:.2g}, so this type is too coarse for this model; choose a larger one"
+        return f"the culprit is the weights: in full precision the KL is {away:.2g}, so this type is too coarse for this model; {finer}"
     weights = merged()
     if kl(weights, widest) <= _EXACT_KL:
         return (
