@@ -29,7 +29,7 @@ _KEPT = {
     "losses": ("set", "file", "rows", "tokens", "after", "change_high"),
     "accuracy": ("set", "file", "rows", "after"),
     "bench": (
-        *("file", "runtime", "device_class", "threads", "prompt_tokens", "decode_tokens", "workload", "turns"),
+        *("file", "runtime", "device_class", "threads", "prompt_tokens", "decode_tokens", "workload", "processor", "turns"),
         *("ttft_ms", "decode_tok_per_s", "peak_rss_bytes", "samples_ms", "crowded", "noisy"),
     ),
 }

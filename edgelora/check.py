@@ -249,7 +249,7 @@ def _compared_speed(budget: Budget, what: str, since: str, row: Mapping[str, Any
         return Verdict(what, budget.text, "no raw samples", None, "measure both again with `edgelora bench`")
     share = found.share if metric.upper else 1 / (1 + found.share) - 1
     value = f"{share:+.2%} {since} ({_shown(figure(before_row.get(metric.key)), metric)} -> {_shown(figure(row.get(metric.key)), metric)})"
-    why = f"p = {found.p:.2g} that this is chance; {metric.mend}" if found.real else found.why
+    why = f"{found.evidence}; {metric.mend}" if found.real else found.why
     return Verdict(what, budget.text, value, None if found.real is None else not found.real, why)
 
 

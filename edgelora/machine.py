@@ -142,6 +142,11 @@ def quota_waits_s() -> float:
     return waits
 
 
+def processor() -> str:
+    """Name and instruction sets of this processor, as one text: machines of one class may have others."""
+    return f"{_cpu_name()}, {' '.join(cpu_features())}"
+
+
 def cpu_features() -> list[str]:
     """Instruction sets of this processor that matter to low-bit models; empty where the system does not list them."""
     return features_in(_read("/proc/cpuinfo"))

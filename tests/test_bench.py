@@ -43,7 +43,7 @@ KEYS = {
         "bandwidth_gb_per_s",
         "bandwidth_share",
     ),
-    *("turns", "samples_ms", "crowded", "noisy", "noisy_why"),
+    *("processor", "turns", "samples_ms", "crowded", "noisy", "noisy_why"),
 }
 SMALL = Bench(prompt_tokens=(4, 20), decode_tokens=6, repeats=3)
 

@@ -124,6 +124,7 @@ def _row(rounds: Sequence[Round], index: int, size: int, bandwidth: float, crowd
         "prompt_tokens": timings[0].prompt_tokens,
         "decode_tokens": len(timings[0].decode_ms),
         "workload": WORKLOAD,
+        "processor": machine.processor(),
         "load_ms": statistics.median(load),
         "ttft_ms": ttft_ms,
         "prefill_tok_per_s": 1000 * timings[0].prompt_tokens / ttft_ms,

@@ -43,6 +43,7 @@ _MEANINGS = {
     "clock_share": "part of its highest clock that the device allows itself",
     "temperature_c": "of the hottest zone of the processor",
     "workload": "version of the text, order and warm-up: rows of another number did other work",
+    "processor": "its name and instruction sets: speeds of other processors are not compared, whatever the class of the machine",
     "turns": "rows with the same one were measured by one bench whose files took turns: their repeats are pairs",
     "in_turns": "files of one bench against its first: real, noise or cannot tell, and by how much the speed or the time changes",
     "load_ms": "from nothing to a session that answers, median",

@@ -88,7 +88,7 @@ def speed(before: Row, now: Row, samples: str) -> dict[str, str]:
         return {"word": UNKNOWN, "why": "no raw samples"}
     for found, word in ((slower, "slower"), (faster, "faster")):
         if found.real:
-            return {"word": REAL, "why": f"{word}, p = {found.p:.2g} that this is chance"}
+            return {"word": REAL, "why": f"{word}, {found.evidence}"}
         if found.real is None:
             return {"word": UNKNOWN, "why": found.why}
     return {"word": NOISE, "why": f"within {ALLOWED:.0%}"}

@@ -184,6 +184,7 @@ REPORT: dict[str, Any] = {
             "peak_rss_bytes": int,
             "decode_tokens": int,
             "workload": int,
+            "processor": str,
             "turns": str,
             "runtime_version": str,
             "size_bytes": int,
