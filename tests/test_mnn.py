@@ -11,7 +11,7 @@ import pytest
 from edgelora import environments, models
 from edgelora.data import chat, template
 from edgelora.errors import ModelError, Unsupported
-from edgelora.export import mnn, on_grid, phone_readme, verify
+from edgelora.export import digits, mnn, on_grid, phone_readme, verify
 from edgelora.runtime import mnn as runtime
 from edgelora.runtime import runtime_of, torch_reference
 from edgelora.runtime.text import FolderText
@@ -131,7 +131,7 @@ def test_what_the_exporter_is_given(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     rules = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]}
     path.write_text(json.dumps({"pre_tokenizer": rules, "model": {"vocab": {"½": 0}}}))
-    mnn._split_digits(path)
+    digits.as_pattern(path)
     found = json.loads(path.read_text())
     split = {"type": "Split", "pattern": {"Regex": r"\p{N}"}, "behavior": "Isolated", "invert": False}
     assert found == {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel"}]}, "model": {"vocab": {"½": 0}}}

@@ -17,7 +17,7 @@ from typing import Any
 from edgelora import environments, models
 from edgelora.data import chat
 from edgelora.errors import Unsupported, VerifyError
-from edgelora.export import elsewhere, on_grid, transformers4, verify
+from edgelora.export import digits, elsewhere, on_grid, transformers4, verify
 from edgelora.export.phone_readme import Phone
 from edgelora.quant import moments
 from edgelora.quant.curvature import Moments
@@ -108,7 +108,7 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress, i
         kept = ("model.embed_tokens.weight",) if "lm_head.weight" in shapes else ()  # in 16 bits
         source, progress = on_grid.source(model, type, _GRID, importance, scratch, progress, kept)
         described, built = transformers4.described(source.resolve(), scratch), scratch / "built"
-        _split_digits(described / "tokenizer.json")
+        digits.as_pattern(described / "tokenizer.json")
         options = ["--quant_bit", str(_BITS[type]), "--quant_block", str(_BLOCK), *(["--seperate_embed"] if type == "fp16" else [])]
         job = {"model": described.name, "output": built.name, "options": options, "on_grid": source != model}
         job["stop_ids"] = list(FolderText(model).stop_ids)
@@ -178,23 +178,6 @@ def _settle(built: Path, longest: int) -> None:
     path = built / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(settings | {"sampler_type": "greedy", "max_all_tokens": longest}, indent=2) + "\n", encoding="utf-8")
-
-
-def _split_digits(path: Path) -> None:
-    """Numbers such as '½' are digits to tokenizers' rule "Digits" and not to MNN's; as a pattern both understand it alike."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    path.unlink()  # a link to the model's own
-
-    def mended(rule: Any) -> Any:
-        if isinstance(rule, dict) and rule.get("type") == "Digits":
-            pattern = r"\p{N}" if rule.get("individual_digits") else r"\p{N}+"
-            return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        if isinstance(rule, dict) and rule.get("type") == "Sequence":
-            return rule | {"pretokenizers": [mended(part) for part in rule["pretokenizers"]]}
-        return rule
-
-    values["pre_tokenizer"] = mended(values.get("pre_tokenizer"))
-    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
 def _without_prefix(path: Path) -> None:

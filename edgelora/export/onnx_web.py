@@ -24,6 +24,7 @@ import onnx
 
 from edgelora import environments
 from edgelora.errors import EdgeloraError, Unsupported, UsageError, VerifyError
+from edgelora.export import digits
 from edgelora.runtime.onnx_folder import GRAPH
 
 # What transformers.js calls a file's type, and how its name ends (src/utils/dtypes.js).
@@ -58,6 +59,7 @@ def write(exported: Path, type: str, target: Path) -> Path:
     for name in _TEXTS:
         if (exported / name).is_file():
             shutil.copyfile(exported / name, target / name)
+    digits.as_pattern(target / "tokenizer.json")
     _change(target / "config.json", {"transformers.js_config": {"dtype": dtype}})
     template = exported / "chat_template.jinja"
     if template.is_file():
