@@ -22,7 +22,7 @@ import torch
 from phone_formats import measured, quiet
 
 from edgelora import environments, evaluate
-from edgelora.export import child, gguf, samples
+from edgelora.export import child, configuration, samples
 from edgelora.export import executorch as export
 from edgelora.export import executorch_layout as layout
 from edgelora.export.reference import Reference
@@ -45,7 +45,7 @@ def in_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 def meta(model: Path, work: Path) -> tuple[Path, Path]:
     """Checkpoint and parameters as `export_llm` reads them."""
-    config, checkpoint = gguf.model_config(model), Checkpoint(model)
+    config, checkpoint = configuration.opened(model), Checkpoint(model)
     made = {}
     for name, (source, first, end) in layout.tensors(config, checkpoint.shapes).items():
         vector = len(checkpoint.shapes[source]) == 1

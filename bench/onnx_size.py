@@ -24,7 +24,7 @@ import results
 from edgelora import evaluate, machine, models, pipeline, tuned
 from edgelora import recipe as recipes
 from edgelora.data import chat, split
-from edgelora.export import budget, gguf, onnx_builder, onnx_graph, onnx_plan, onnx_presets, stage
+from edgelora.export import budget, configuration, onnx_builder, onnx_graph, onnx_plan, onnx_presets, stage
 from edgelora.export import onnx as export
 from edgelora.export.reference import Reference
 from edgelora.quant.compensate import SHRINK, Rounding
@@ -58,7 +58,7 @@ def stock(model: Path, options: tuple[str, ...], work: Path) -> Path:
     common = onnx_presets.options_of("int4", config, shapes, None, None)
     chosen = [option for option in common if not option.startswith(("algo_config=", "block_size="))]
     onnx_builder.run(onnx_builder.readable(model.resolve(), work), [*chosen, *options], work.resolve(), export._layers(config), quiet)
-    onnx_graph.tidy(built, "int4", export._is_tied(config, shapes), export._attention(gguf.model_config(model)))
+    onnx_graph.tidy(built, "int4", export._is_tied(config, shapes), export._attention(configuration.opened(model)))
     export._tidy_files(model, built)
     return built
 

@@ -131,10 +131,8 @@ class _Stored(Checkpoint):
         return self._last[1][first:last]
 
     def _undone(self, tensor: Tensor, undo: Callable[[Any, Any], Any]) -> np.ndarray:
-        import torch
-
-        values = torch.from_numpy(_read(self._path, tensor)).reshape(tensor.shape[::-1])
-        return np.asarray(undo(values, self._config).reshape(-1, tensor.shape[0]).numpy())
+        values = _read(self._path, tensor).reshape(tensor.shape[::-1])
+        return np.asarray(undo(values, self._config).reshape(-1, tensor.shape[0]))
 
 
 def _read(path: Path, tensor: Tensor, first: int = 0, last: int | None = None) -> np.ndarray:

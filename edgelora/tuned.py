@@ -54,6 +54,10 @@ class Tuned:
         """The weights, each added up when it is read."""
         return Merged(self.base, self.adapter, into, self.arithmetic) if self.adapter else Checkpoint(self.base)
 
+    def weights(self, into: str | None) -> Checkpoint:
+        """What was written to this disk, or what `merged` gives."""
+        return Checkpoint(self.folder) if self.folder else self.merged(into or self.held)
+
     def unmerged(self, held: str) -> Base:
         """The base alone, "16bit" or "nf4"."""
         return Base(self.base, held, self.arithmetic)
@@ -63,6 +67,13 @@ class Tuned:
         from edgelora.export.reference import Reference
 
         return Reference(self.base, self.unmerged(self.held), self.adapter, rows, threads)
+
+    def described(self, scratch: Path, apart: bool) -> Path:
+        """The folder that says all but the weights. `apart`: for a format that takes the weights from elsewhere, so it can be written anew.
+
+        transformers runs some tokenizers of the hub otherwise than their files say; what it ran is what it writes.
+        """
+        return self.describe(scratch) if apart or not self.folder else self.folder
 
     def describe(self, folder: Path) -> Path:
         """Write into `folder` what a merged model has beside its weights: configuration, tokenizer, template."""

@@ -5,6 +5,7 @@ So a model is never in memory as a whole. A tensor is seen as a matrix (-1, last
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ _TYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
 }  # numpy has no bfloat16: read as its bits
 _SHARD_BYTES = 4 << 30
+_PRODUCTS = 1 << 18  # multiplications that a BLAS library does in the thread it is called from, without starting its own
 _BLOCK = 64  # of NF4, bitsandbytes' default
 _LINEAR = re.compile(r".*\.layers\.\d+\..*_proj\.weight")  # what training holds in 4 bits: not the embedding, not the head
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -76,6 +78,10 @@ class Checkpoint:
         """Whether the head holds other weights than the embedding, although the configuration ties the two."""
         return False
 
+    def shared(self) -> contextlib.AbstractContextManager[None]:
+        """To be held while several threads read side by side."""
+        return contextlib.nullcontext()
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: place.shape for name, place in self._places.items()}
@@ -103,6 +109,9 @@ class Base(Checkpoint):
         self.held, self.arithmetic = held, arithmetic
         self._lock = threading.Lock()
         self._rounded: tuple[str, _Nf4] | None = None  # of one tensor: ranges are asked for tensor by tensor
+
+    def shared(self) -> contextlib.AbstractContextManager[None]:
+        return _one_thread_each() if self.held == "nf4" else contextlib.nullcontext()
 
     def _values(self, name: str, start: int, stop: int) -> np.ndarray:
         if self.held == "nf4" and _LINEAR.fullmatch(name):
@@ -141,15 +150,21 @@ class Merged(Base):
         return _HEAD in self.low_rank
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
-        import torch
-
         values = super().rows(name, first, last)
         if name in self.low_rank:
             b, a, lengths = self.low_rank[name]
-            torch.from_numpy(values).addmm_(torch.from_numpy(b[first:last]), torch.from_numpy(a))
+            _add_product(values, b[first:last], a)
             if lengths is not None:
                 values *= (lengths[first:last] / np.linalg.norm(values, axis=1))[:, None]
         return values
+
+
+def _add_product(values: np.ndarray, b: np.ndarray, a: np.ndarray) -> None:
+    """values += b a, in squares so small that BLAS stays in this thread: whoever merges has as many threads as there are cores."""
+    side = max(1, math.isqrt(_PRODUCTS // len(a)))
+    for top in range(0, len(b), side):
+        for left in range(0, a.shape[1], side):
+            values[top : top + side, left : left + side] += b[top : top + side] @ a[:, left : left + side]
 
 
 class _Nf4:
@@ -202,6 +217,19 @@ class _Nf4:
         shape = (size // self._columns, self._columns)
         values = torch.ops.bitsandbytes.dequantize_4bit.default(codes, scales, _BLOCK, "nf4", shape, torch.float32)
         return np.asarray(values.reshape(-1).numpy())
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """torch would start as many threads in each of those that call it, and wait for them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write(source: Checkpoint, folder: Path, progress: Callable[[float, str], None], dtype: str = "BF16") -> None:

@@ -35,6 +35,18 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stderr.strip() == "[]", done.stderr
 
 
+@pytest.mark.parametrize("options", [("--type", "q4_k_m"), ("--max-size", "1MB")])
+def test_a_dry_run_of_a_gguf_export_loads_neither_torch_nor_transformers(tiny_base: Path, options: tuple[str, str]) -> None:
+    code = (
+        "import sys\nfrom edgelora.cli import main\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", code, "export", tiny_base, "--format", "gguf", *options, "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("file: gguf")
+    assert done.stdout.endswith("0 []\n"), done.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str) -> None:
     command = reference.commands()[name]

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from edgelora import environments, tuned
 from edgelora import recipe as recipes
 from edgelora.errors import ModelError, Unsupported
-from edgelora.export import executorch, gguf, on_grid, phone_readme, stage
+from edgelora.export import configuration, executorch, on_grid, phone_readme, stage
 from edgelora.export import executorch_layout as layout
 from edgelora.runtime import executorch as runtime
 from edgelora.runtime import torch_reference
@@ -39,7 +39,7 @@ def quiet(share: float, text: str) -> None:
 @pytest.mark.parametrize("arch", layout.ARCHITECTURES)
 def test_every_row_of_a_checkpoint_has_one_place(arch: str, tmp_path: Path) -> None:
     model = tiny_model(arch, tmp_path)
-    config, shapes = gguf.model_config(model), Checkpoint(model).shapes
+    config, shapes = configuration.of(model), Checkpoint(model).shapes
     taken = sorted(rows for name, rows in layout.tensors(config, shapes).items() if name != "output.weight" or "lm_head.weight" in shapes)
     covered: dict[str, int] = {}
     for source, first, end in taken:
@@ -50,7 +50,7 @@ def test_every_row_of_a_checkpoint_has_one_place(arch: str, tmp_path: Path) -> N
 
 def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path, attention_bias=True)
-    config, shapes = gguf.model_config(model), Checkpoint(model).shapes
+    config, shapes = configuration.of(model), Checkpoint(model).shapes
     with pytest.raises(Unsupported, match=r"the tensor layers\.0\.attention\.wo\.bias has no place in ExecuTorch's transformer"):
         layout.tensors(config, shapes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgelora import models
-from edgelora.export import gguf
+from edgelora import models, tuned
+from edgelora.data import chat
+from edgelora.export import gguf, verify
 from edgelora.runtime import llama_cpp
+from edgelora.weights import Checkpoint
 from tests.tiny_models import tiny_model
 
 KINDS = ("smollm", "gpt-2", "qwen2", "llama-bpe", "sentencepiece", "gemma")
@@ -40,6 +43,30 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     made = Pair(request.param, tmp_path_factory.mktemp(request.param))
     yield made
     made.vocabulary.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [("sentencepiece", "LlamaTokenizer"), ("gemma", "GemmaTokenizer"), ("gpt-2", "GPT2Tokenizer"), ("qwen2", "Qwen2Tokenizer")],
+)
+def test_a_tokenizer_of_the_hub_ships_as_transformers_runs_it(kind: str, named: str, tmp_path: Path) -> None:
+    """These classes put parts of a tokenizer together in code, whatever its files say."""
+    hub = tiny_model("llama", tmp_path / "hub", tokenizer=kind, vocab_size=600)
+    written = hub / "tokenizer_config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"tokenizer_class": named}))
+    tokenizer = models.open_tokenizer(hub)
+    assert type(tokenizer).__name__ == named
+    (tmp_path / "described").mkdir()
+    described = tuned.plain(hub, "key").described(tmp_path / "described", True)
+    file = gguf.write(described, "q8_0", tmp_path, "tiny", lambda share, name: None, weights=Checkpoint(hub))
+    with llama_cpp.open_vocabulary(file) as vocabulary:
+        assert vocabulary.stop_ids[0] == tokenizer.eos_token_id
+        for talk in verify.CONVERSATIONS:
+            text = chat.render(tokenizer, talk, open_turn=True)
+            assert vocabulary.tokenize(text) == list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in verify.PROBES if named != "LlamaTokenizer" else ():  # it puts a space before plain text, llama.cpp cannot
+            text = unicodedata.normalize("NFC", text)
+            assert vocabulary.tokenize(text) == list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @given(text=TEXT)

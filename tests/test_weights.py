@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from edgelora import weights
 from edgelora.errors import ModelError
 from edgelora.export import gguf
 from edgelora.train import load
+from tests.line import ROOT
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 
@@ -56,6 +59,7 @@ def test_training_rounds_before_it_takes_four_bits(stored: torch.dtype, tmp_path
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_merge_is_that_of_peft(dtype: torch.dtype, rslora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "VALUES_AT_ONCE", 1 << 10)
+    monkeypatch.setattr(weights, "_PRODUCTS", 1 << 8)
     base = tiny_model("qwen2", tmp_path / "base", dtype=dtype)
     adapter = adapter_for(base, tmp_path / "adapter", rslora)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -90,6 +94,21 @@ def test_neither_threads_nor_ranges_change_a_byte(arch: str, tmp_path: Path, mon
         monkeypatch.setattr(weights, "VALUES_AT_ONCE", values)
         written.append(gguf.write(base, "q4_0", tmp_path, "tiny", lambda share, name: None, weights=merged, threads=threads).read_bytes())
     assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_a_file_is_merged_and_written_without_torch_and_transformers(arch: str, tmp_path: Path) -> None:
+    base = tiny_model(arch, tmp_path / "base", dtype=torch.bfloat16)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom edgelora.export import gguf\nfrom edgelora.weights import Merged\n"
+        "base, adapter, folder = map(Path, sys.argv[1:])\n"
+        "gguf.write(base, 'q4_k_m', folder, 'tiny', lambda share, name: None, weights=Merged(base, adapter, '16bit'))\n"
+        "print(sorted({'torch', 'transformers', 'onnx', 'llama_cpp'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", code, base, adapter_for(base, tmp_path / "adapter"), tmp_path]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
+    assert (tmp_path / "tiny-q4_k_m.gguf").is_file()
 
 
 @pytest.mark.parametrize("into", ["16bit", "nf4"])

@@ -85,7 +85,7 @@ def tiny_model(
     fast = tiny_tokenizer(tokenizer or _TOKENIZER.get(arch, "smollm"))
     fast.save_pretrained(folder)
     ids = {"bos_token_id": fast.bos_token_id, "eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
-    config = AutoConfig.for_model(arch, **(_SHAPE | _OWN[arch] | {"vocab_size": len(fast)} | ids | config_changes))
+    config = tiny_config(arch, **({"vocab_size": len(fast)} | ids | config_changes))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
@@ -93,6 +93,11 @@ def tiny_model(
             weight.copy_(_random(name, weight, arch.startswith("gemma")).half().float())
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+def tiny_config(arch: str, **changes: Any) -> Any:
+    """The configuration of a tiny model of model type `arch`."""
+    return AutoConfig.for_model(arch, **(_SHAPE | _OWN[arch] | changes))
 
 
 def _random(name: str, weight: torch.Tensor, gemma: bool) -> torch.Tensor:

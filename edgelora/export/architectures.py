@@ -10,15 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from edgelora.errors import ModelError
 from edgelora.export import rotation
-
-if TYPE_CHECKING:
-    import torch
 
 Metadata = dict[str, Any]
 Settings = dict[str, Any]  # of config.json
@@ -28,13 +25,13 @@ _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to a checkpoint's tensor on its way into a GGUF file, given the configuration, and what undoes it.
+    """What is done to a checkpoint's tensor (numpy's or torch's) on its way into a GGUF file, given the configuration, and what undoes it.
 
     A head's rows stay among themselves, so any number of whole heads may be changed alone.
     """
 
-    do: Callable[[torch.Tensor, Any], torch.Tensor]
-    undo: Callable[[torch.Tensor, Any], torch.Tensor]
+    do: Callable[[Any, Any], Any]
+    undo: Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -73,16 +70,21 @@ class Architecture:
 
     def tensors(self, config: Any) -> dict[str, Source]:
         """GGUF name -> source, in file order, for the whole model."""
-        if not 0 < config.num_hidden_layers <= _MAX_LAYERS:
-            raise ModelError(f"{config.num_hidden_layers} layers", f"llama.cpp runs models of 1 to {_MAX_LAYERS} layers")
         named = {"token_embd.weight": Source("model.embed_tokens.weight")}
-        for i in range(config.num_hidden_layers):
+        for i in range(checked_layers(config.num_hidden_layers)):
             for name, source in self.layer.items():
                 named[f"blk.{i}.{name}"] = Source(f"model.layers.{i}.{source.name}", source.change, source.optional)
         named["output_norm.weight"] = Source("model.norm.weight", self.final_norm)
         if not config.tie_word_embeddings:
             named["output.weight"] = Source("lm_head.weight")
         return named
+
+
+def checked_layers(count: int) -> int:
+    """The number of layers; ModelError for more than llama.cpp runs."""
+    if not 0 < count <= _MAX_LAYERS:
+        raise ModelError(f"{count} layers", f"llama.cpp runs models of 1 to {_MAX_LAYERS} layers")
+    return count
 
 
 def of(model_type: str) -> Architecture:
@@ -104,17 +106,17 @@ def of_gguf(name: str) -> tuple[str, Architecture]:
 # ---- changes ----
 
 
-def _pairs(weight: torch.Tensor, config: Any) -> torch.Tensor:
+def _pairs(weight: Any, config: Any) -> Any:
     """Hugging Face rotates element j of a head with element j + d/2, llama.cpp's NORM rotation 2j with 2j + 1."""
-    return weight.reshape(-1, 2, rotation.head_dim(config) // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    return weight.reshape(-1, 2, rotation.head_dim(config) // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _halves(weight: torch.Tensor, config: Any) -> torch.Tensor:
-    return weight.reshape(-1, rotation.head_dim(config) // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+def _halves(weight: Any, config: Any) -> Any:
+    return weight.reshape(-1, rotation.head_dim(config) // 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 pairs = Change(_pairs, _halves)
-plus_one = Change(lambda w, config: w.float() + 1, lambda w, config: w - 1)
+plus_one = Change(lambda w, config: w + 1, lambda w, config: w - 1)
 
 
 # ---- hyper-parameters, and back ----

@@ -31,7 +31,6 @@ from edgelora.quant.curvature import Curvature
 from edgelora.quant.size_plan import Menu, Option, Plan
 from edgelora.runtime import runtimes_of
 from edgelora.tuned import Tuned
-from edgelora.weights import Checkpoint
 
 Progress = Callable[[float, str], None]
 
@@ -89,13 +88,13 @@ def measure(
     format: str = "gguf",
 ) -> Artifact:
     """The curvature of `model`, merged into `base`, on training rows, and what every type of every matrix would cost; once a model and format."""
-    planner = _planner(format)
+    module, planner = stage.format_module(format), _planner(format)
 
     def make(folder: Path) -> dict[str, Any]:
         scratch = folder / ".scratch"
         scratch.mkdir()
-        described = model.folder or model.describe(scratch)
-        weights = _weights(model, base)
+        described = model.described(scratch, module.MERGES)
+        weights = model.weights(base)
         learned, judged = curvature.divided(calibration)
         opened = curvature.open_model(described, weights, threads)
         found = curvature.collect(opened, learned, lambda share, text: progress(_COLLECTING * share, text), judged)
@@ -202,8 +201,8 @@ def export(
     def make(folder: Path) -> dict[str, Any]:
         scratch = folder / ".scratch"
         scratch.mkdir()
-        described = model.folder or model.describe(scratch)
-        weights = _weights(model, base)
+        described = model.described(scratch, module.MERGES)
+        weights = model.weights(base)
         given = size_plan.read_plan(plan) if plan else None
         if given:
             _same_model(given[0], planner.matrices(described, name, weights)[1])
@@ -347,10 +346,6 @@ def _answers(described: Path, model: Tuned) -> list[list[int]]:
 
 def _planner(format: str) -> ModuleType:
     return doctor.load(PLANNERS[format])
-
-
-def _weights(model: Tuned, base: str) -> Checkpoint:
-    return Checkpoint(model.folder) if model.folder else model.merged(base)
 
 
 def _settings(planner: ModuleType, section: recipes.Export) -> dict[str, Any]:

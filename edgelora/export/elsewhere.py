@@ -17,7 +17,7 @@ from typing import Any
 
 from edgelora import environments
 from edgelora.errors import ModelError, Unsupported, VerifyError
-from edgelora.export import child, gguf
+from edgelora.export import child, configuration
 from edgelora.weights import Checkpoint
 
 Progress = Callable[[float, str], None]
@@ -40,12 +40,12 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 def context(model: Path) -> int:
     """Tokens that a file holds: `CONTEXT`, or what the model knows if that is less."""
-    return int(min(CONTEXT, gguf.model_config(model).max_position_embeddings))
+    return int(min(CONTEXT, configuration.of(model).max_position_embeddings))
 
 
 def tried(model: Path, architectures: Sequence[str], what: str) -> tuple[Any, Mapping[str, Sequence[int]]]:
     """A model's configuration and shapes; Unsupported unless its architecture was held against the model itself in this format."""
-    config, shapes = gguf.model_config(model), Checkpoint(model).shapes
+    config, shapes = configuration.of(model), Checkpoint(model).shapes
     if config.model_type not in architectures:
         raise Unsupported(
             f"{what} of {config.model_type} models were not tried", f"tried: {', '.join(architectures)}; or export it as gguf"

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from edgelora import environments, models
-from edgelora.export import elsewhere, gguf, on_grid
+from edgelora.export import configuration, elsewhere, on_grid
 from edgelora.export import executorch_layout as layout
 from edgelora.export.phone_readme import Phone
 from edgelora.export.rotation import head_dim
@@ -107,16 +107,16 @@ def write(model: Path, type: str, folder: Path, name: str, progress: Progress, i
 
 def context(model: Path) -> int:
     """Tokens that a file holds; of a model that stretches a shorter rotation for longer texts (LongRoPE) no more than the shorter one's."""
-    longest, rope = elsewhere.context(model), gguf.model_config(model).rope_parameters
+    longest, rope = elsewhere.context(model), configuration.of(model).rope_parameters
     original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
     return int(min(longest, original or longest))
 
 
 def predict_bytes(model: Path, type: str, name: str = "", importance: object = None) -> int:
     """Estimate the bytes of the .pte. Raises Unsupported as `write` does."""
-    config, shapes = gguf.model_config(model), Checkpoint(model).shapes
+    config, shapes = configuration.of(model), Checkpoint(model).shapes
     _check(config, shapes, type, context(model))
-    return bytes_of(config.to_dict(), shapes, type)
+    return bytes_of(vars(config), shapes, type)
 
 
 def bytes_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str) -> int:
@@ -155,7 +155,7 @@ def _check(config: Any, shapes: Mapping[str, Sequence[int]], type: str, context:
 
 def _job(model: Path, type: str) -> dict[str, Any]:
     """What the other program is told; see there/write_executorch.py."""
-    config, shapes, longest = gguf.model_config(model), Checkpoint(model).shapes, context(model)
+    config, shapes, longest = configuration.opened(model), Checkpoint(model).shapes, context(model)
     tensors = _check(config, shapes, type, longest)
     tokenizer = models.open_tokenizer(model)
     more = (

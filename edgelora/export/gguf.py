@@ -6,26 +6,26 @@ in memory is needed. The same input gives the same bytes.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION
 
 from edgelora import machine
 from edgelora.errors import ModelError
-from edgelora.export import architectures, gguf_file, gguf_tokenizer, rotation
+from edgelora.export import architectures, configuration, gguf_file, gguf_tokenizer, rotation
 from edgelora.export.gguf_file import padded
 from edgelora.quant import compensate, ggml, gguf_types
 from edgelora.quant import importance as importances
@@ -42,6 +42,7 @@ APART = False
 OPTIONS = frozenset({"importance", "tensor_types"})
 CALIBRATION = "importance"
 
+_FLUSH_BYTES = 1 << 26  # that the disk is given at once
 _RANGES_AHEAD = 4  # of one tensor and for each thread: quantized, or waiting for it, ahead of what is written
 _HEADER_BYTES = 45  # a token of the vocabulary, its merges included: 36 (SmolLM2) to 61 (Llama 3)
 
@@ -179,27 +180,54 @@ def write(
     """
     layout = _Layout.of(model, type, name, importance, tensor_types, weights)
     layout.check_importance(type, importance or {})
+    header = layout.header
     path = folder / f"{name}-{type}.gguf"
     partial = path.with_name(f".{path.name}.partial")
-    total = sum(tensor.bytes for tensor in layout.tensors)
-    done, threads = 0, threads or machine.cores()
+    total = layout.data_start + sum(padded(tensor.bytes) for tensor in layout.tensors)
+    threads = threads or machine.cores()
     try:
-        with partial.open("wb") as stream, _one_thread_a_worker(), ThreadPoolExecutor(threads) as pool:
-            stream.write(layout.header)
-            stream.write(bytes(layout.data_start - len(layout.header)))
-            for tensor in layout.tensors:
-                progress(done / total, tensor.name)
-                for block in _packed(tensor, layout, importance, pool, threads, rounding):
-                    stream.write(block)
-                stream.write(bytes(padded(tensor.bytes) - tensor.bytes))
-                done += tensor.bytes
-            stream.flush()
-            os.fsync(stream.fileno())
+        with partial.open("wb") as stream, layout.checkpoint.shared(), ThreadPoolExecutor(threads) as pool, _Disk(stream) as disk:
+            disk.write(header.ljust(layout.data_start, b"\0"))
+            for tensor, blocks in groupby(_packed(layout, importance, rounding, pool, _RANGES_AHEAD * threads), itemgetter(0)):
+                progress(disk.written / total, tensor)
+                for _, block in blocks:
+                    disk.write(block)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     progress(1.0, path.name)
     return path
+
+
+class _Disk:
+    """A file that is brought to the disk while more of it is still made, and is there as a whole when this closes."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.written = 0
+        self._stream = stream
+        self._background = ThreadPoolExecutor(1)
+        self._flushed: Future[None] = self._background.submit(os.fsync, stream.fileno())
+        self._flushing = 0  # the first bytes that are on their way
+
+    def write(self, block: bytes) -> None:
+        self._stream.write(block)
+        self.written += len(block)
+        if self.written - self._flushing > _FLUSH_BYTES and self._flushed.done():
+            self._flush()
+
+    def _flush(self) -> None:
+        self._flushed.result()  # an error of the disk is told once
+        self._stream.flush()
+        self._flushed, self._flushing = self._background.submit(os.fsync, self._stream.fileno()), self.written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        with self._background:
+            if kind is None:
+                self._flush()
+                self._flushed.result()
 
 
 # ---- layout ----
@@ -215,12 +243,15 @@ class _Tensor(gguf_file.Tensor):
 
 @dataclass(frozen=True)
 class _Layout:
-    """Everything about the file but the weights."""
+    """Everything about the file but the weights. The tokenizer is read when the header is asked for."""
 
-    metadata: Mapping[str, Any]
-    tensors: tuple[_Tensor, ...]
-    checkpoint: Checkpoint
+    model: Path
+    name: str
+    type: gguf_types.FileType
+    architecture: architectures.Architecture
     config: Any
+    checkpoint: Checkpoint
+    tensors: tuple[_Tensor, ...]
     choices: Mapping[str, gguf_types.Choice]
 
     @classmethod
@@ -234,7 +265,7 @@ class _Layout:
         weights: Checkpoint | None = None,
     ) -> _Layout:
         file_type = gguf_types.file_type(type)
-        config = model_config(model)
+        config = configuration.of(model)
         architecture = architectures.of(config.model_type)
         checkpoint = weights or Checkpoint(model)
         if checkpoint.unties:
@@ -244,18 +275,8 @@ class _Layout:
         shapes = {key: checkpoint.shapes[source.name] for key, source in sources.items()} | {key: v.shape for key, v in vectors.items()}
         shape = gguf_types.Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, architecture.name)
         types = gguf_types.plan(shapes, type, shape, importance is not None, tensor_types)
-        vocabulary = shapes["token_embd.weight"][0]
-        metadata = {
-            "general.architecture": architecture.name,
-            "general.type": "model",
-            "general.name": _plain_name(name),
-            "general.file_type": int(file_type.code),
-            "general.quantization_version": GGML_QUANT_VERSION,
-            **{f"{architecture.name}.{key}": value for key, value in architecture.metadata(config).items()},
-            **gguf_tokenizer.metadata(model, vocabulary),
-        }
         tensors = tuple(_Tensor(key, shapes[key], types[key].type, sources.get(key), vectors.get(key)) for key in shapes)
-        return cls(metadata, tensors, checkpoint, config, types)
+        return cls(model, name, file_type, architecture, config, checkpoint, tensors, types)
 
     def check_importance(self, type: str, importance: Importance) -> None:
         """ModelError when the matrix that a coarse type needs is absent, or is one of another model."""
@@ -275,7 +296,17 @@ class _Layout:
 
     @cached_property
     def header(self) -> bytes:
-        return gguf_file.header(self.metadata, self.tensors)
+        architecture = self.architecture
+        metadata = {
+            "general.architecture": architecture.name,
+            "general.type": "model",
+            "general.name": _plain_name(self.name),
+            "general.file_type": int(self.type.code),
+            "general.quantization_version": GGML_QUANT_VERSION,
+            **{f"{architecture.name}.{key}": value for key, value in architecture.metadata(self.config).items()},
+            **gguf_tokenizer.metadata(self.model, self.checkpoint.shapes["model.embed_tokens.weight"][0]),
+        }
+        return gguf_file.header(metadata, self.tensors)
 
     @property
     def data_start(self) -> int:
@@ -297,63 +328,54 @@ def _values(tensor: _Tensor, layout: _Layout, first: int = 0, last: int | None =
     values = layout.checkpoint.rows(name, first, last)
     if change is None:
         return values
-    import torch
-
-    stored = torch.from_numpy(values if len(tensor.shape) > 1 else values[0])
+    stored = values if len(tensor.shape) > 1 else values[0]
     try:
-        return np.asarray(change.do(stored, layout.config).reshape(values.shape).float().numpy())
-    except RuntimeError as error:
+        return np.asarray(change.do(stored, layout.config).reshape(values.shape))
+    except ValueError as error:
         raise ModelError(f"{name} of shape {tensor.shape} does not fit config.json: {error}", "copy the model again") from error
 
 
 def _packed(
-    tensor: _Tensor,
-    layout: _Layout,
-    importance: Importance | None,
-    pool: ThreadPoolExecutor,
-    threads: int,
-    rounding: compensate.Rounding | None,
-) -> Iterator[bytes]:
-    """The tensor's bytes, a range of rows at a time: read, merged and quantized in `pool`, and given in order.
+    layout: _Layout, importance: Importance | None, rounding: compensate.Rounding | None, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[str, bytes]]:
+    """Every tensor's name and bytes, a range of rows at a time and in order: read, merged and quantized in `pool`, at most `ahead` of them early.
 
-    numpy, torch and ggml release Python's lock meanwhile. The ranges depend on the model alone, so the bytes are the same
-    for any number of threads; only a few wait at a time.
+    numpy and ggml release Python's lock meanwhile. The ranges depend on the model alone, so the bytes are the same for any number
+    of threads. No worker waits where a tensor ends.
     """
-    if tensor.source is None:
-        yield np.asarray(tensor.values, dtype="<f4").tobytes()
-        return
-    source, weights = tensor.source, (importance or {}).get(tensor.name)
-    quantize, at_once = partial(ggml.quantize, type=tensor.type, importance=weights), 0
-    if rounding is not None and len(tensor.shape) > 1:
-        at_once = compensate.VALUES_AT_ONCE
-        quantize = partial(rounding.quantize, tensor.name, type=tensor.type)
-
-    def pack(first: int, last: int) -> bytes:
-        return _quantized(_values(tensor, layout, first, last), tensor.type, source.name, quantize)
-
-    waiting: deque[Future[bytes]] = deque()
-    for first, last in ranges(tensor.shape, rotation.head_dim(layout.config) if source.change else 1, at_once):
-        waiting.append(pool.submit(pack, first, last))
-        if len(waiting) > _RANGES_AHEAD * threads:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    waiting: deque[tuple[str, Future[bytes]]] = deque()
+    for tensor, pack in _pieces(layout, importance, rounding):
+        waiting.append((tensor, pool.submit(pack)))
+        if len(waiting) > ahead:
+            name, first = waiting.popleft()
+            yield name, first.result()
+    for name, rest in waiting:
+        yield name, rest.result()
 
 
-@contextmanager
-def _one_thread_a_worker() -> Iterator[None]:
-    """Workers run side by side already: in each of them torch would start as many threads again and wait for them."""
-    import torch
+def _pieces(
+    layout: _Layout, importance: Importance | None, rounding: compensate.Rounding | None
+) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Every tensor's name and a function that makes a range of its rows; the last one ends where the next tensor begins."""
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    def pack(tensor: _Tensor, quantize: Callable[..., np.ndarray], rows: tuple[int, int]) -> bytes:
+        packed = _quantized(_values(tensor, layout, *rows), tensor, quantize)
+        return packed.ljust(len(packed) + padded(tensor.bytes) - tensor.bytes, b"\0") if rows[1] == math.prod(tensor.shape[:-1]) else packed
+
+    for tensor in layout.tensors:
+        if tensor.source is None:
+            yield tensor.name, partial(np.asarray(tensor.values, dtype="<f4").tobytes().ljust, padded(tensor.bytes), b"\0")
+            continue
+        quantize, at_once = partial(ggml.quantize, type=tensor.type, importance=(importance or {}).get(tensor.name)), 0
+        if rounding is not None and len(tensor.shape) > 1:
+            quantize, at_once = partial(rounding.quantize, tensor.name, type=tensor.type), compensate.VALUES_AT_ONCE
+        for rows in ranges(tensor.shape, rotation.head_dim(layout.config) if tensor.source.change else 1, at_once):
+            yield tensor.name, partial(pack, tensor, quantize, rows)
 
 
-def _quantized(values: np.ndarray, type: ggml.Type, name: str, quantize: Callable[..., np.ndarray]) -> bytes:
+def _quantized(values: np.ndarray, tensor: _Tensor, quantize: Callable[..., np.ndarray]) -> bytes:
+    assert tensor.source is not None
+    name, type = tensor.source.name, tensor.type
     lowest, highest = values.min(), values.max()  # NaN if any value is
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise ModelError(f"{name} holds NaN or infinite weights", "the training diverged: lower the learning rate and train again")
@@ -363,21 +385,6 @@ def _quantized(values: np.ndarray, type: ggml.Type, name: str, quantize: Callabl
         return quantize(values=values).tobytes()
     except ModelError as error:
         raise ModelError(f"{name}: {error.message}", error.hint) from error
-
-
-def model_config(model: Path) -> Any:
-    """The configuration with every default filled in, as transformers runs it."""
-    from transformers import AutoConfig
-
-    path = model / "config.json"
-    try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-        architectures.of(model_type)
-        return AutoConfig.from_pretrained(model, local_files_only=True)
-    except ModelError:
-        raise
-    except Exception as error:  # a missing or damaged file, or values that transformers refuses in its own ways
-        raise ModelError(f"cannot read {path}: {error}", "name a folder that save_pretrained wrote") from error
 
 
 def _matched(wanted: Mapping[str, architectures.Source], checkpoint: Checkpoint, config: Any) -> dict[str, architectures.Source]:

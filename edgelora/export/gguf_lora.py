@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION
 
 from edgelora.errors import ModelError, UsageError
-from edgelora.export import architectures, gguf, gguf_file
+from edgelora.export import architectures, configuration, gguf, gguf_file
 from edgelora.export.gguf_file import padded
 from edgelora.quant import ggml, gguf_types
 from edgelora.quant.importance import Importance
@@ -48,7 +48,7 @@ def predict_bytes(
 ) -> int:
     """The exact size of the adapter's file. Before there is an adapter (no `weights`) that of the base beside it."""
     if not isinstance(weights, Merged):
-        return gguf.predict_bytes(model, type, f"{name}-base", importance, tensor_types)
+        return gguf.predict_bytes(model, type, f"{name}-base", importance, tensor_types, weights)
     pairs = _pairs(model, weights)
     return gguf_file.file_bytes(_metadata(model, type, name, pairs), [tensor for tensor, _ in _tensors(pairs)])
 
@@ -99,9 +99,7 @@ Pairs = dict[str, tuple[np.ndarray, np.ndarray]]  # GGUF name -> (scaled B, A), 
 
 
 def _pairs(model: Path, weights: Merged) -> Pairs:
-    import torch
-
-    config = gguf.model_config(model)
+    config = configuration.of(model)
     found = dict(weights.low_rank)
     pairs: Pairs = {}
     for name, source in architectures.of(config.model_type).tensors(config).items():
@@ -111,7 +109,7 @@ def _pairs(model: Path, weights: Merged) -> Pairs:
         if lengths is not None:
             raise ModelError("a GGUF adapter holds A and B, but not what DoRA trains beside them", "merge it: export it with --format gguf")
         if source.change is not None:
-            b = source.change.do(torch.from_numpy(b), config).contiguous().numpy()
+            b = np.ascontiguousarray(source.change.do(b, config))
         pairs[name] = (b, a)
     if found or not pairs:
         left = min(found, default="nothing")
@@ -127,7 +125,7 @@ def _metadata(model: Path, type: str, name: str, pairs: Pairs) -> dict[str, Any]
             f"the adapter has matrices of rank {sorted(ranks)}: a GGUF adapter has one alpha for all", "export it with --format gguf"
         )
     return {
-        "general.architecture": architectures.of(gguf.model_config(model).model_type).name,
+        "general.architecture": architectures.of(configuration.of(model).model_type).name,
         "general.type": "adapter",
         "general.name": name,
         "general.file_type": gguf_types.FILE_TYPES[_ADAPTER].code,

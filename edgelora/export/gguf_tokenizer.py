@@ -1,4 +1,7 @@
-"""A Hugging Face tokenizer as GGUF metadata.
+"""A Hugging Face tokenizer as GGUF metadata, from tokenizer.json and tokenizer_config.json as they are written.
+
+transformers runs some tokenizers of the hub otherwise than they are written, by the class that they name. What is trained and
+shipped is what it ran, and lies in the folder that `Tuned.describe` writes.
 
 llama.cpp knows pre-tokenizers by name. The name is found from what the tokenizer does (the structure of its backend),
 never from what the model is called; a structure that is not in the table is an error, since a near miss changes ids.
@@ -7,13 +10,14 @@ never from what the model is called; a structure that is not in the table is an 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
 
 from edgelora.errors import ModelError
+from edgelora.runtime.text import FolderText
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,15 +49,15 @@ def metadata(model: Path, vocabulary: int) -> dict[str, Any]:
 
     Raises ModelError for a tokenizer that is missing, damaged, or does what llama.cpp cannot.
     """
-    tokenizer = _load(model)
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    text = FolderText(model)
+    backend = text.backend()
     bpe = backend["model"]
     if bpe["type"] != "BPE" or bpe.get("dropout") or bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix"):
         raise _unknown("tokenizer model", {k: v for k, v in bpe.items() if k not in ("vocab", "merges")})
     texts, types = _tokens(bpe["vocab"], backend["added_tokens"], vocabulary)
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in bpe["merges"]]
     if bpe["byte_fallback"]:
-        keys = _sentencepiece(backend, texts, types, merges, tokenizer)
+        keys = _sentencepiece(backend, texts, types, merges, text)
     else:
         keys = {
             "tokenizer.ggml.model": "gpt2",
@@ -62,22 +66,7 @@ def metadata(model: Path, vocabulary: int) -> dict[str, Any]:
         }
     _check_distinct(texts)
     keys |= {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": [int(t) for t in types]}
-    keys |= _special(tokenizer, model)
-    return keys | _chat_templates(tokenizer.chat_template)
-
-
-def _load(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise whatever they meet first
-        raise ModelError(
-            f"cannot read the tokenizer of {model}: {error}", "the folder needs tokenizer.json and tokenizer_config.json"
-        ) from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{model} has a tokenizer without tokenizer.json", "save it again with a fast tokenizer")
-    return tokenizer
+    return keys | _special(text) | _chat_templates(text.chat_templates)
 
 
 def _tokens(vocab: dict[str, int], added: Iterable[dict[str, Any]], size: int) -> tuple[list[str], list[TokenType]]:
@@ -129,19 +118,19 @@ def _step(step: dict[str, Any] | None) -> tuple[Any, ...]:
 
 
 def _sentencepiece(
-    backend: dict[str, Any], texts: list[str], types: list[TokenType], merges: list[tuple[str, ...]], tokenizer: Any
+    backend: dict[str, Any], texts: list[str], types: list[TokenType], merges: list[tuple[str, ...]], text: FolderText
 ) -> dict[str, Any]:
     """llama.cpp joins the neighbours whose joined text has the highest score, so a token scores by its first merge."""
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(merges):
         rank.setdefault(left + right, i)
-    scores = [-float(rank.get(text, len(merges))) for text in texts]
+    scores = [-float(rank.get(token, len(merges))) for token in texts]
     for token in backend["added_tokens"]:
-        i, text = token["id"], token["content"]
-        if "▁" in text and types[i] == TokenType.USER_DEFINED:
+        i, added = token["id"], token["content"]
+        if "▁" in added and types[i] == TokenType.USER_DEFINED:
             if token["normalized"]:
-                texts[i] = text.replace("▁", " ")  # llama.cpp looks for added tokens before it replaces spaces
-            elif text in rank:
+                texts[i] = added.replace("▁", " ")  # llama.cpp looks for added tokens before it replaces spaces
+            elif added in rank:
                 types[i] = TokenType.NORMAL  # found in raw text only, where no ▁ stands; else made by merges
     byte_ids = [backend["model"]["vocab"].get(f"<0x{byte:02X}>") for byte in range(256)]
     if None in byte_ids:
@@ -150,13 +139,14 @@ def _sentencepiece(
         )
     for i in byte_ids:
         types[i] = TokenType.BYTE
-    if tokenizer.unk_token_id is not None:
-        types[tokenizer.unk_token_id] = TokenType.UNKNOWN
+    unknown = text.special_id("unk_token")
+    if unknown is not None:
+        types[unknown] = TokenType.UNKNOWN
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.add_space_prefix": _space_prefix(backend, bool(tokenizer.chat_template)),
+        "tokenizer.ggml.add_space_prefix": _space_prefix(backend, bool(text.chat_templates)),
     }
 
 
@@ -177,46 +167,34 @@ def _space_prefix(backend: dict[str, Any], chat: bool) -> bool:
             raise _unknown("normalizer and pre-tokenizer", [normalizer, pre])
 
 
-def _special(tokenizer: Any, model: Path) -> dict[str, Any]:
+def _special(text: FolderText) -> dict[str, Any]:
     """Ids of the special tokens and whether encoding adds them, seen by encoding a word."""
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a")
+    bare, whole = text.tokenize("a"), text.surrounded("a")
     starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
     before, after = whole[: starts[0]], whole[starts[0] + len(bare) :]
-    if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
+    bos, eos = text.special_id("bos_token"), text.special_id("eos_token")
+    if before not in ([], [bos]) or after not in ([], [eos]):
         raise _unknown("post-processor", {"before": before, "after": after})
-    stops = _stop_ids(model, tokenizer.eos_token_id)
+    others = [i for i in text.stop_ids if i != eos]
     ids = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "eot": stops[0] if stops else None,
-        "eom": stops[1] if len(stops) > 1 else None,
-        "unknown": tokenizer.unk_token_id,
-        "padding": tokenizer.pad_token_id,
+        "bos": bos,
+        "eos": eos,
+        "eot": others[0] if others else None,
+        "eom": others[1] if len(others) > 1 else None,
+        "unknown": text.special_id("unk_token"),
+        "padding": text.special_id("pad_token"),
     }
     keys: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
     return keys | {"tokenizer.ggml.add_bos_token": bool(before), "tokenizer.ggml.add_eos_token": bool(after)}
 
 
-def _chat_templates(template: str | dict[str, str] | None) -> dict[str, Any]:
-    """The template verbatim; of several, 'default' is the one that llama.cpp uses."""
-    if not isinstance(template, dict):
-        return {"tokenizer.chat_template": template} if template else {}
-    others = {name: text for name, text in template.items() if name != "default"}
+def _chat_templates(templates: Mapping[str, str]) -> dict[str, Any]:
+    """The templates verbatim; 'default' is the one that llama.cpp uses."""
+    others = {name: text for name, text in templates.items() if name != "default"}
     keys: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
     if others:
         keys["tokenizer.chat_templates"] = list(others)
-    return keys | _chat_templates(template.get("default"))
-
-
-def _stop_ids(model: Path, eos: int | None) -> list[int]:
-    """The ids that also end generation, by generation_config.json."""
-    path = model / "generation_config.json"
-    try:
-        stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged: {error}", "save the model again") from error
-    return [i for i in (stops if isinstance(stops, list) else [stops]) if isinstance(i, int) and i != eos]
+    return keys | ({"tokenizer.chat_template": templates["default"]} if templates.get("default") else {})
 
 
 def _check_distinct(texts: list[str]) -> None:

@@ -99,7 +99,7 @@ def predict_bytes(model: Path, type: str, name: str = "", importance: object = N
     """Estimate the bytes of the file, from the shapes and the tokenizer. Raises Unsupported as `write` does."""
     config, shapes = _check(model, type)
     tokenizer = len(zlib.compress((model / "tokenizer.json").read_bytes()))
-    return bytes_of(config.to_dict(), shapes, type) + tokenizer
+    return bytes_of(vars(config), shapes, type) + tokenizer
 
 
 def bytes_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str) -> int:

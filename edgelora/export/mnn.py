@@ -132,7 +132,7 @@ context = elsewhere.context
 def predict_bytes(model: Path, type: str, name: str = "", importance: object = None) -> int:
     """Estimate the bytes of the folder, from the shapes and the tokenizer. Raises Unsupported as `write` does."""
     config, shapes = _check(model, type)
-    return bytes_of(config.to_dict(), shapes, type) + int(0.36 * (model / "tokenizer.json").stat().st_size)
+    return bytes_of(vars(config), shapes, type) + int(0.36 * (model / "tokenizer.json").stat().st_size)
 
 
 def bytes_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], type: str) -> int:

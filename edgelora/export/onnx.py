@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.errors import ModelError, UsageError
-from edgelora.export import architectures, onnx_builder, onnx_graph, onnx_optimum, onnx_presets
+from edgelora.export import architectures, configuration, onnx_builder, onnx_graph, onnx_optimum, onnx_presets
 from edgelora.quant import moments
 from edgelora.quant.curvature import Moments
 from edgelora.runtime import onnx_runtime
@@ -103,8 +103,6 @@ def _build(
     activations: str | None,
 ) -> None:
     """Fill `built` by onnxruntime-genai's builder."""
-    from edgelora.export import gguf
-
     config, shapes = _config(model), _shapes(model)
     options = onnx_presets.options_of(type, config, shapes, block, activations)
     measured = importance if gains_from_importance(model, type) else None
@@ -112,7 +110,7 @@ def _build(
     source = onnx_builder.readable(model.resolve(), scratch)
     onnx_builder.run(source, options, scratch.resolve(), _layers(config), lambda done, text: progress(share * done, text))
     progress(0.9 * share, "tidying the graph")
-    described = gguf.model_config(model)
+    described = configuration.opened(model)
     rounding = None
     if measured is not None:
         from edgelora.export import onnx_rounding

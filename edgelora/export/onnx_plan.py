@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from edgelora.errors import ModelError, Unsupported
-from edgelora.export import architectures, gguf, onnx_graph, onnx_layout, onnx_rounding
+from edgelora.export import architectures, configuration, onnx_graph, onnx_layout, onnx_rounding
 from edgelora.export import onnx as exporter
 from edgelora.export.onnx_layout import LAYOUTS
 from edgelora.export.onnx_rounding import Part
@@ -105,7 +105,7 @@ def matrices(model: Path, name: str, weights: Checkpoint | None = None) -> tuple
     Raises Unsupported for rows that are no multiple of the frame's block.
     """
     checkpoint = weights or Checkpoint(model)
-    shapes, config = checkpoint.shapes, gguf.model_config(model)
+    shapes, config = checkpoint.shapes, configuration.of(model)
     sources = {source.name: (key, source.change) for key, source in architectures.of(config.model_type).tensors(config).items()}
     found = {}
     for key in _names(config):
@@ -204,6 +204,4 @@ def _ordered(change: architectures.Change | None, config: Any) -> Callable[[np.n
     """What brings a tensor's rows into GGUF's order, which gradients are kept in. Rows are rounded one by one, so any order costs the same."""
     if change is None:
         return lambda values: values
-    import torch
-
-    return lambda values: np.ascontiguousarray(change.do(torch.from_numpy(values), config).numpy())
+    return lambda values: np.ascontiguousarray(change.do(values, config))

@@ -15,7 +15,6 @@ import numpy as np
 from edgelora import machine, models
 from edgelora.data.chat import Encoded
 from edgelora.errors import ModelError
-from edgelora.runtime.torch_reference import stop_ids
 from edgelora.weights import Checkpoint
 
 _TOKENS_AT_ONCE = 4096  # the weights are read again for every so many
@@ -33,6 +32,8 @@ class Reference(Sequence[np.ndarray]):
 
     def __init__(self, folder: Path, weights: Checkpoint, adapter: Path | None, rows: Sequence[Encoded], threads: int) -> None:
         import torch
+
+        from edgelora.runtime.torch_reference import stop_ids
 
         torch.set_num_threads(threads)
         self.rows = tuple(rows)

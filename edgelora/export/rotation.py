@@ -6,6 +6,7 @@ A scaling that llama.cpp does not run for an architecture is a ModelError.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -57,26 +58,27 @@ def settings(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def llama3_factors(config: Any) -> dict[str, np.ndarray]:
-    """Llama 3's rotary scaling is stored as the factor by which every frequency is divided."""
-    if config.rope_parameters.get("rope_type") != "llama3":
-        return {}
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    """Llama 3's rotary scaling is stored as the factor by which every frequency is divided (meta-llama/llama-models, apply_scaling).
 
-    scaled = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")[0].numpy().astype(np.float64)
-    plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, head_dim(config), 2) / head_dim(config))
-    return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
+    Pairs that turn often within the original context stay, those that hardly turn are slowed down by `factor`, between them it goes over.
+    """
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return {}
+    size, low, high = head_dim(config), rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * float(rope["rope_theta"]) ** -(np.arange(0, size, 2) / size) / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return {"rope_freqs.weight": (1 / (kept + (1 - kept) / rope["factor"])).astype(np.float32)}
 
 
 def llama3_settings(keys: Mapping[str, Any], found: np.ndarray) -> dict[str, Any]:
     """The file holds the scaling's outcome alone; its four numbers are those of all Llama 3.1 and 3.2 models if they give it."""
-    from transformers import LlamaConfig
-
     found, length = found.reshape(-1), int(keys["attention.key_length"])
     theta, factor = short(keys["rope.freq_base"]), short(found.max())
     for original in (8192, 4096, 2048, 1024, 512, 256, 128, 64, 32):
         rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": original}  # fmt: skip
-        made = llama3_factors(LlamaConfig(rope_parameters=rope, head_dim=length))["rope_freqs.weight"]
+        made = llama3_factors(SimpleNamespace(rope_parameters=rope, head_dim=length))["rope_freqs.weight"]
         if made.shape == found.shape and np.allclose(made, found, rtol=1e-5):
             return rope
     raise ModelError("its rope_freqs.weight is no scaling of Llama 3's", "use the model's safetensors as base")

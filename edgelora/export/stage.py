@@ -19,7 +19,6 @@ from edgelora.export.reference import Reference
 from edgelora.runtime import runtime, runtime_of, runtimes_of
 from edgelora.runtime.text import FolderText
 from edgelora.tuned import Tuned
-from edgelora.weights import Checkpoint
 
 Progress = Callable[[float, str], None]
 
@@ -150,25 +149,23 @@ def export(
     checked = rows[: limits.verify_rows]
     options = _options(module, section, module.calibration(importance) if importance else None)
     exporter = {key: options[key] for key in ("exporter",) if key in options}
-    if model.folder:
-        module.predict_bytes(model.folder, kind, name, **options)  # what cannot be written is refused before anything runs
 
     def make(folder: Path) -> dict[str, Any]:
         scratch = folder / ".scratch"
         scratch.mkdir()
         told = dataclasses.replace(model, system=None) if module.APART else model  # a shared base says nothing of one adapter
-        described = model.folder or told.describe(scratch)
-
+        described = told.described(scratch, module.MERGES)
         streamed = {"threads": threads} if module.MERGES else {}
 
         def source(base: str | None) -> dict[str, Any]:
-            return {} if base is None else {"weights": model.merged(base)}
+            return {"weights": model.weights(base)} if module.MERGES else {}
 
         def write(base: str | None, type: str, place: Path, step: Progress) -> Path:
             place.mkdir(exist_ok=True)
             settings = options if type == kind else exporter
             return Path(module.write(described, type, place, name, step, **settings, **streamed, **source(base)))
 
+        module.predict_bytes(described, kind, name, **options, **source(bases[0]))  # what cannot be written is refused before anything runs
         progress(0.0, "running the model as trained")
         reference = model.as_trained(rows if len(bases) > 1 else checked, threads)
         tried, files = [], {}
@@ -200,7 +197,7 @@ def export(
             limits.max_kl,
             threads,
             full_precision=lambda: write(kept, _widest(module), scratch / "widest", lambda share, text: None),
-            merged=lambda: Reference(described, source(kept).get("weights") or Checkpoint(described), None, checked, threads),
+            merged=lambda: Reference(described, model.weights(kept), None, checked, threads),
             **({"finer": "name rows that say how to round it, or choose a larger one"} if unrounded else {}),
         )
         if others := [name for name in module.FURTHER if name in runtimes_of(written)]:

@@ -176,12 +176,12 @@ def open_model(described: Path, weights: Checkpoint, threads: int | None = None)
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edgelora.export import gguf
+    from edgelora.export import configuration
     from edgelora.train import load
 
     if threads:
         torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_config(gguf.model_config(described), dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(configuration.opened(described), dtype=torch.float32, attn_implementation="sdpa")
     tensors = {key: torch.from_numpy(weights.rows(key)).reshape(shape) for key, shape in weights.shapes.items()}
     missing, _ = model.load_state_dict(tensors, strict=False)
     if left := set(missing) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set()):

@@ -23,13 +23,14 @@ from edgelora import recipe as recipes
 from edgelora.artifact import Artifact
 from edgelora.data import chat
 from edgelora.data.chat import Encoded
-from edgelora.data.split import Dataset
 from edgelora.errors import ModelError
 from edgelora.export import architectures
 from edgelora.gguf_header import read_header
 
 if TYPE_CHECKING:
     import torch
+
+    from edgelora.data.split import Dataset
 
 Importance = Mapping[str, np.ndarray]  # GGUF tensor name -> float32, shape (columns,), mean square of each column's input
 Progress = Callable[[float, str], None]

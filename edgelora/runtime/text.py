@@ -1,4 +1,4 @@
-"""The text side of an exported folder: tokenizer, chat template and stop tokens, read without transformers or torch."""
+"""The text side of a model's folder: tokenizer, chat template and stop tokens, read without transformers or torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from edgelora.errors import ModelError
 
 _MAX_BYTES = 64 << 20  # of a JSON file; tokenizers of 256k tokens have about 35 MB
-_AGAIN = "export the model again, or fetch the folder again"
+_AGAIN = "export the model again, or fetch the folder again: it needs tokenizer.json and tokenizer_config.json"
 
 
 class FolderText:
@@ -33,31 +33,44 @@ class FolderText:
         """The text of one id as it stands in the vocabulary."""
         return str(self._tokenizer.id_to_token(id))
 
-    @cached_property
+    def surrounded(self, text: str) -> list[int]:
+        """Ids of a text with those that the tokenizer puts before and after it."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def backend(self) -> dict[str, Any]:
+        """tokenizer.json with what it leaves out filled in."""
+        return dict(json.loads(self._tokenizer.to_str()))
+
+    @property
     def chat_template(self) -> str | None:
-        own = self._folder / "chat_template.jinja"
-        if own.is_file():
-            return own.read_text(encoding="utf-8", errors="replace")
-        template = self._settings("tokenizer_config.json").get("chat_template")
-        return template if isinstance(template, str) else None
+        return self.chat_templates.get("default")
+
+    @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """Name -> template; "default" is for conversations."""
+        own, others = self._folder / "chat_template.jinja", self._folder / "additional_chat_templates"
+        files = {path.stem: path for path in sorted(others.glob("*.jinja"))} | ({"default": own} if own.is_file() else {})
+        if files:
+            return {name: path.read_text(encoding="utf-8", errors="replace") for name, path in files.items()}
+        written = self._settings("tokenizer_config.json").get("chat_template")
+        named = written if isinstance(written, list) else [{"name": "default", "template": written}]
+        pairs = [(one.get("name"), one.get("template")) for one in named if isinstance(one, dict)]
+        return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
-        found = {}
-        for name in ("bos_token", "eos_token"):
-            token = self._settings("tokenizer_config.json").get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                found[name] = token
-        return found
+        return {name: text for name in ("bos_token", "eos_token") if (text := self._special(name)) is not None}
+
+    def special_id(self, name: str) -> int | None:
+        """The id of the token that the folder calls bos_token, eos_token, unk_token or pad_token; None where it names none."""
+        text = self._special(name)
+        return None if text is None else self._tokenizer.token_to_id(text)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """The end-of-sequence token first, then what the generation settings add."""
-        eos = self.special_tokens.get("eos_token")
-        first = self._tokenizer.token_to_id(eos) if eos is not None else None
         more = self._settings("generation_config.json").get("eos_token_id")
-        ids = [first, *(more if isinstance(more, list) else [more])]
+        ids = [self.special_id("eos_token"), *(more if isinstance(more, list) else [more])]
         return tuple(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool)))
 
     @cached_property
@@ -66,9 +79,17 @@ class FolderText:
 
         path = self._folder / "tokenizer.json"
         try:
-            return Tokenizer.from_file(str(path))
+            made = Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises bare Exception
             raise ModelError(f"{path} cannot be read: {error}", _AGAIN) from error
+        made.no_padding()  # what it was last trained or run with is no part of it
+        made.no_truncation()
+        return made
+
+    def _special(self, name: str) -> str | None:
+        token = self._settings("tokenizer_config.json").get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
 
     def _settings(self, name: str) -> dict[str, Any]:
         """A JSON object of the folder; empty where the file is absent, which is allowed."""
