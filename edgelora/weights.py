@@ -52,9 +52,9 @@ class _Place:
             raise ModelError(f"{self.file} ends too early", "copy the model again")
         if self.dtype != "BF16":
             return found.astype(np.float32, copy=False)
-        values = np.empty(len(found), np.float32)
-        np.left_shift(found, np.uint32(16), out=values.view(np.uint32), dtype=np.uint32)
-        return values
+        bits = found.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
 
 
 class Checkpoint:
