@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgelora import weights
-from edgelora.export import architectures, gguf
+from edgelora.export import architectures, configuration
 from edgelora.quant import compensate, nbits
 from edgelora.quant.curvature import Moments
 from edgelora.quant.nbits import Layout
@@ -65,7 +65,7 @@ def gains_of(config: Mapping[str, Any], type: str, exporter: str | None = None) 
 
 def opened(model: Path, layout: Layout, moments: Known, kept: Collection[str] = ()) -> OnGrid:
     """`kept`: tensors that the format holds in more bits."""
-    config = gguf.model_config(model)
+    config = configuration.of(model)
     names = {source.name: name for name, source in architectures.of(config.model_type).tensors(config).items() if source.name not in kept}
     return OnGrid(model, layout, moments, names)
 
