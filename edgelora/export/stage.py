@@ -149,6 +149,8 @@ def export(
     checked = rows[: limits.verify_rows]
     options = _options(module, section, module.calibration(importance) if importance else None)
     exporter = {key: options[key] for key in ("exporter",) if key in options}
+    if model.folder and not module.MERGES:
+        module.predict_bytes(model.folder, kind, name, **options)  # what cannot be written is refused before anything runs
 
     def make(folder: Path) -> dict[str, Any]:
         scratch = folder / ".scratch"
@@ -165,7 +167,8 @@ def export(
             settings = options if type == kind else exporter
             return Path(module.write(described, type, place, name, step, **settings, **streamed, **source(base)))
 
-        module.predict_bytes(described, kind, name, **options, **source(bases[0]))  # what cannot be written is refused before anything runs
+        if module.MERGES:
+            module.predict_bytes(described, kind, name, **options, **source(bases[0]))  # refused likewise
         progress(0.0, "running the model as trained")
         reference = model.as_trained(rows if len(bases) > 1 else checked, threads)
         tried, files = [], {}
