@@ -18,7 +18,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION
@@ -42,7 +42,6 @@ APART = False
 OPTIONS = frozenset({"importance", "tensor_types"})
 CALIBRATION = "importance"
 
-_FLUSH_BYTES = 1 << 26  # that the disk is given at once
 _RANGES_AHEAD = 4  # of one tensor and for each thread: quantized, or waiting for it, ahead of what is written
 _HEADER_BYTES = 45  # a token of the vocabulary, its merges included: 36 (SmolLM2) to 61 (Llama 3)
 
@@ -186,48 +185,18 @@ def write(
     total = layout.data_start + sum(padded(tensor.bytes) for tensor in layout.tensors)
     threads = threads or machine.cores()
     try:
-        with partial.open("wb") as stream, layout.checkpoint.shared(), ThreadPoolExecutor(threads) as pool, _Disk(stream) as disk:
-            disk.write(header.ljust(layout.data_start, b"\0"))
+        with partial.open("wb") as stream, layout.checkpoint.shared(), ThreadPoolExecutor(threads) as pool:
+            stream.write(header.ljust(layout.data_start, b"\0"))
             for tensor, blocks in groupby(_packed(layout, importance, rounding, pool, _RANGES_AHEAD * threads), itemgetter(0)):
-                progress(disk.written / total, tensor)
-                for _, block in blocks:
-                    disk.write(block)
+                progress(stream.tell() / total, tensor)
+                stream.writelines(block for _, block in blocks)
+            stream.flush()
+            os.fsync(stream.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     progress(1.0, path.name)
     return path
-
-
-class _Disk:
-    """A file that is brought to the disk while more of it is still made, and is there as a whole when this closes."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.written = 0
-        self._stream = stream
-        self._background = ThreadPoolExecutor(1)
-        self._flushed: Future[None] = self._background.submit(os.fsync, stream.fileno())
-        self._flushing = 0  # the first bytes that are on their way
-
-    def write(self, block: bytes) -> None:
-        self._stream.write(block)
-        self.written += len(block)
-        if self.written - self._flushing > _FLUSH_BYTES and self._flushed.done():
-            self._flush()
-
-    def _flush(self) -> None:
-        self._flushed.result()  # an error of the disk is told once
-        self._stream.flush()
-        self._flushed, self._flushing = self._background.submit(os.fsync, self._stream.fileno()), self.written
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *exc: object) -> None:
-        with self._background:
-            if kind is None:
-                self._flush()
-                self._flushed.result()
 
 
 # ---- layout ----
