@@ -6,7 +6,7 @@ too, both run side by side, and a file that is a tenth slower is told from chanc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from edgelora import baseline as baselines
 from edgelora import machine, speeds
 from edgelora.errors import UsageError
 from edgelora.measured import Find, measured
+from edgelora.progress import Progress, part
 from edgelora.recipe import Bench
 
 Document = Mapping[str, Any]
-Progress = Callable[[float, str], None]
 _OF_FILES = ("files", "losses", "accuracy", "bench")
 
 
@@ -39,7 +39,7 @@ def against(document: Document, find: Find, old: Path, timed: bool, progress: Pr
         rows, old_rows = [], []
         for number, (ours, theirs) in enumerate(pairs.items()):
             files = [_at_hand(find(ours), ours), _at_hand(find_old(theirs), theirs)]
-            both = _in_turns(document, ours, files, lambda share, text, done=number: progress((done + share) / len(pairs), text))  # type: ignore[misc]
+            both = _in_turns(document, ours, files, part(progress, number, len(pairs)))
             rows += both[0]
             old_rows += [{**row, "file": ours} for row in both[1]]
         here = {"machine": machine.describe()}
@@ -57,7 +57,7 @@ def _in_turns(document: Document, name: str, files: list[Path], progress: Progre
     for number, ((runtime, threads, decode_tokens), prompts) in enumerate(ways.items()):
         settings = Bench(tuple(prompts), decode_tokens, speeds.REPEATS)
         named = [(path, runtime) for path in files]
-        found = bench.bench_all(named, settings, threads, lambda share, text, done=number: progress((done + share) / len(ways), text))  # type: ignore[misc]
+        found = bench.bench_all(named, settings, threads, part(progress, number, len(ways)))
         rows[0].extend(found[: len(found) // 2])
         rows[1].extend(found[len(found) // 2 :])
     return rows

@@ -171,16 +171,14 @@ def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
 
 def _here(named: list[tuple[Path, str]], settings: Bench, counts: tuple[int, ...], progress: Progress) -> list[dict[str, Any]]:
     """Rows of this machine, for each number of threads."""
-    from edgelora import bench as benches
+    from functools import partial
 
-    rows = []
+    from edgelora import bench as benches
+    from edgelora.progress import part
+
+    told, rows = partial(progress, "bench"), []
     for number, threads in enumerate(counts if named else ()):
-        rows += benches.bench_all(
-            named,
-            settings,
-            threads,
-            lambda share, text, done=number: progress("bench", (done + share) / len(counts), text),  # type: ignore[misc]
-        )
+        rows += benches.bench_all(named, settings, threads, part(told, number, len(counts)))
     return rows
 
 

@@ -8,7 +8,7 @@ shown: its rows tell that a file runs there, and hold no time, no speed and no m
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from edgelora.bench import disturbance, size_bytes
 from edgelora.device import Garbled, Measured, RunnerModule, Transport, Work, about, elf, program_of, runner_of
 from edgelora.device.place import Place, Ran
 from edgelora.errors import DeviceError, EdgeloraError, Unsupported
+from edgelora.progress import Progress, part
 from edgelora.recipe import Bench
 from edgelora.size import traffic
-
-Progress = Callable[[float, str], None]
 
 _LIMIT_S = 900.0  # for one start of a runner
 _SIGNALS = {
@@ -69,14 +68,7 @@ class Elsewhere:
         work, outcome = Work(settings.prompt_tokens, settings.decode_tokens, settings.repeats), Outcome()
         for number, device in enumerate(self.devices):
             try:
-                _bench(
-                    device,
-                    self.jobs,
-                    threads,
-                    work,
-                    outcome,
-                    lambda share, text, done=number: progress((done + share) / len(self.devices), text),  # type: ignore[misc]
-                )
+                _bench(device, self.jobs, threads, work, outcome, part(progress, number, len(self.devices)))
             except EdgeloraError as error:
                 outcome.failures.append(error)
         return outcome

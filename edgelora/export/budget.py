@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +23,15 @@ from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
 from edgelora.errors import ModelError, Unsupported
 from edgelora.export import PLANNERS, beside, stage, verify
-from edgelora.export.referee import Referee, part
+from edgelora.export.referee import Referee
 from edgelora.export.reference import Reference
+from edgelora.progress import Progress, part
 from edgelora.quant import curvature, size_plan
 from edgelora.quant.compensate import SHRINK, Rounding
 from edgelora.quant.curvature import Curvature
 from edgelora.quant.size_plan import Menu, Option, Plan
 from edgelora.runtime import runtimes_of
 from edgelora.tuned import Tuned
-
-Progress = Callable[[float, str], None]
 
 PLAN = "plan.json"
 _MOMENTS, _MENUS = "moments.safetensors", "menus.json"

@@ -19,10 +19,10 @@ from edgelora.data.chat import Encoded
 from edgelora.errors import Unsupported
 from edgelora.export import stage
 from edgelora.export.reference import Reference
+from edgelora.progress import Progress, part
 from edgelora.quant.size_plan import Menu, Plan
 from edgelora.runtime import runtime
 
-Progress = Callable[[float, str], None]
 Write = Callable[[str, Plan, Progress], Path]  # the way of rounding, what to write, and whom to tell
 
 _NEIGHBOURS = (0.85, 1.15, 1.4)  # times the size of the file that is kept: what less and more would give
@@ -125,8 +125,3 @@ def _remove(file: Path) -> None:
         shutil.rmtree(file)
     else:
         file.unlink()
-
-
-def part(progress: Progress, number: int, of: int) -> Progress:
-    """Progress of one of `of` equal steps."""
-    return lambda share, text: progress((number + share) / of, text)
