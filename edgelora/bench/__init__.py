@@ -2,9 +2,12 @@
 
 Decoding one token reads every weight once, so a file of B bytes decodes no faster than bandwidth / B; every row says
 what share of that ceiling was reached. Each file runs in a process of its own, which holds the runtime and nothing
-else; several files take turns, so that whatever drifts (heat, clocks, other programs) hits all of them alike.
+else. Several files take turns, so that whatever drifts (heat, clocks, other programs, other guests of the host) hits all of them alike:
+in every repeat all are opened, on the same cores, and decode in turns of a twentieth of a second. Where memory has no room for all
+of them, or the model runs in yet another process, a turn is a whole repeat.
 
     rounds        one repeat, inside the measuring process
+    cores         which cores it runs on
     child         that process and how it is spoken to
     disturbance   why a figure is doubtful
     quality       how good the files are; agreement: whether they answer in a browser as they do natively
@@ -16,13 +19,14 @@ import contextlib
 import secrets
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgelora import machine
-from edgelora.bench import disturbance
+from edgelora.bench import cores, disturbance
 from edgelora.bench.child import measuring
 from edgelora.bench.rounds import WORKLOAD, Round
 from edgelora.recipe import Bench
@@ -30,6 +34,7 @@ from edgelora.recipe import Bench
 Progress = Callable[[float, str], None]
 
 _WARM_UP_ROUNDS = 5  # at most
+_ROOM = 4  # times the bytes of all files, to hold them open at once: llama.cpp has repacked weights twice, and repacks where half of memory is left
 _STABLE = 0.05  # two successive decode medians this near each other end the warm-up
 
 
@@ -68,17 +73,25 @@ def bench_all(files: Sequence[tuple[Path, str]], settings: Bench, threads: int, 
         for (path, _), process, request in zip(files, children, requests, strict=True):
             progress(0.0, f"warming up {path.name}")
             settled.append(_warm_up(partial(process.round, request)))
+        at_once = len(files) > 1 and _ROOM * sum(size_bytes(path) for path, _ in files) < machine.available_memory_bytes()
+        places = cores.places(threads) if len(files) > 1 else []
         before, started = disturbance.snapshot(), time.monotonic()
         for repeat in range(settings.repeats):
-            for turn in range(len(files)):
-                number = (repeat + turn) % len(files)  # every repeat begins with another file
-                progress(
-                    (repeat * len(files) + turn) / (settings.repeats * len(files)),
-                    f"{files[number][0].name}, repeat {repeat + 1} of {settings.repeats}",
-                )
-                others += [n] if (n := machine.others_running()) is not None else []
-                hot.append(machine.clock_held_down())
-                rounds[number].append(children[number].round(requests[number]))
+            others += [n] if (n := machine.others_running()) is not None else []
+            hot.append(machine.clock_held_down())
+            here = {"turns": at_once, "cores": places[repeat % len(places)] if places else ()}
+            waiting = deque((repeat + turn) % len(files) for turn in range(len(files)))  # every repeat begins with another file
+            taken = 0
+            while waiting:
+                number = waiting.popleft()
+                if taken < len(files):
+                    share = (repeat * len(files) + taken) / (settings.repeats * len(files))
+                    progress(share, f"{files[number][0].name}, repeat {repeat + 1} of {settings.repeats}")
+                taken += 1
+                if (done := children[number].turn({**requests[number], **here})) is None:
+                    waiting.append(number)
+                else:
+                    rounds[number].append(done)
         after, wall_s = disturbance.snapshot(), time.monotonic() - started
         ceilings.append(_bandwidth(threads))
     progress(1.0, "measured")

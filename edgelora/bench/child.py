@@ -10,18 +10,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from edgelora import errors, machine
+from edgelora.bench import cores
 from edgelora.bench.rounds import Round, measure, measure_in_browser, read_bandwidth
 from edgelora.errors import EdgeloraError
 from edgelora.runtime import IN_BROWSER, runtime
 from edgelora.runtime.timing import Timing
 
 _LIMIT_S = 900.0  # for one round of one file
+_WAITING = {"waiting": True}  # says a child in the middle of a round; whatever it is asked then, it goes on
 _SPARE = 8  # tokens of context beyond those that are asked for
 
 
@@ -36,7 +38,15 @@ class Child:
 
     def round(self, request: dict[str, Any]) -> Round:
         """One round of the file that `request` names."""
+        while (done := self.turn(request)) is None:
+            pass
+        return done
+
+    def turn(self, request: dict[str, Any]) -> Round | None:
+        """The next turn of a round that `request` asks for; None when others have theirs before it goes on."""
         reply = self.ask(request)
+        if reply == _WAITING:
+            return None
         timings = tuple(Timing(**{**t, "decode_ms": tuple(t["decode_ms"])}) for t in reply["timings"])
         return Round(**{**reply, "timings": timings})
 
@@ -109,7 +119,8 @@ def measuring(name: str, command: Sequence[str] = ("-m", "edgelora.bench"), limi
                         pipe.close()
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
+def answer(request: dict[str, Any], others: Callable[[], None]) -> dict[str, Any]:
+    """What `request` asks for. In the middle of a round with `turns` the call of `others` returns when it is this file's turn again."""
     if "file" not in request:
         return {"bandwidth_gb_per_s": read_bandwidth(request["threads"])}
     opened, path = runtime(request["runtime"]), Path(request["file"])
@@ -117,6 +128,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     read = count(path) if count else None
     if request["runtime"] in IN_BROWSER.values():
         return asdict(_in_browser(opened, path, request, read))
+    if request.get("cores"):
+        cores.stay_on(request["cores"])
     # A library in a process of its own is imported before the clock runs, as those in this one are.
     open_file = opened.start() if hasattr(opened, "start") else opened.open
     load_ms, timings, peak_rss_bytes = measure(
@@ -125,6 +138,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         request["decode_tokens"],
         time.perf_counter,
         machine.cpu_seconds,
+        *([others] if request.get("turns") else []),
     )
     return asdict(Round(opened.version(), load_ms, timings, peak_rss_bytes, read))
 
@@ -138,14 +152,32 @@ def _in_browser(opened: Any, path: Path, request: dict[str, Any], bytes_per_toke
         return Round(version, session.load_ms, timings, session.page.tree.peak_bytes, bytes_per_token)
 
 
+def _fall_silent() -> None:
+    """Wait until this process's threads sleep, a tenth of a second at most: OpenMP's spin for 10 ms after their work, on cores that others want."""
+    for _ in range(50):
+        before = time.process_time()
+        time.sleep(0.002)
+        if time.process_time() - before < 0.001:
+            return
+
+
 def serve() -> None:
     """Answer requests until the parent closes our input. Whatever a runtime prints goes to stderr, out of the replies' way."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for line in sys.stdin:
-        try:
-            reply = answer(json.loads(line))
-        except EdgeloraError as error:
-            reply = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+
+    def say(reply: dict[str, Any]) -> None:
+        _fall_silent()
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
+
+    def others() -> None:
+        say(_WAITING)
+        if not sys.stdin.readline():
+            sys.exit()
+
+    for line in sys.stdin:
+        try:
+            say(answer(json.loads(line), others))
+        except EdgeloraError as error:
+            say({"error": type(error).__name__, "message": error.message, "hint": error.hint})

@@ -18,6 +18,7 @@ from edgelora.runtime.timing import Timing
 if TYPE_CHECKING:
     from edgelora.runtime.browser import BrowserSession
 
+TURN_S = 0.05  # a file that takes turns decodes for this long, or one token: other guests and clocks change a core's speed within a second
 WORKLOAD = 1  # of the text, the order and the warm-up below: rows of another number did other work
 _BANDWIDTH_BYTES = 256 << 20  # beyond every cache of today's edge processors
 TEXT = (
@@ -44,9 +45,12 @@ def measure(
     decode_tokens: int,
     clock: Callable[[], float],
     cpu_clock: Callable[[int], float],
+    others: Callable[[], None] = lambda: None,
 ) -> tuple[float, tuple[Timing, ...], int]:
     """One round: (milliseconds to open, a Timing per prompt length, peak memory in bytes). Both clocks tell seconds.
 
+    `others` lets the other files have their turn: before a prompt, before its first token is continued and every TURN_S from there on.
+    A model in a process of its own goes on meanwhile, so that it is not called there.
     Memory and `cpu_clock` are of the process that runs the model: this one, or the one that the session names.
     Before anything is timed the longest prompt is read once: it makes the context and touches every weight.
     """
@@ -56,7 +60,8 @@ def measure(
         process = getattr(session, "process_id", os.getpid())
         ids = prompt(session, max(prompt_tokens))
         deque(islice(session.generate(ids, decode_tokens + 1, ()), 2), maxlen=0)
-        timings = tuple(_timing(session, ids[:n], decode_tokens, clock, partial(cpu_clock, process)) for n in prompt_tokens)
+        wait = others if process == os.getpid() else lambda: None
+        timings = tuple(_timing(session, ids[:n], decode_tokens, clock, partial(cpu_clock, process), wait) for n in prompt_tokens)
         return load_ms, timings, machine.peak_rss_bytes(process)
 
 
@@ -98,14 +103,30 @@ def read_bandwidth(threads: int, n_bytes: int = _BANDWIDTH_BYTES, passes: int = 
     return n_bytes / best / 1e9
 
 
-def _timing(session: Session, ids: list[int], decode_tokens: int, clock: Callable[[], float], cpu_clock: Callable[[], float]) -> Timing:
+def _timing(
+    session: Session,
+    ids: list[int],
+    decode_tokens: int,
+    clock: Callable[[], float],
+    cpu_clock: Callable[[], float],
+    others: Callable[[], None],
+) -> Timing:
+    others()
     started, cpu_started = clock(), cpu_clock()
     tokens = session.generate(ids, decode_tokens + 1, ())
     next(tokens)
     now, cpu = clock(), cpu_clock()
     ttft_ms = 1000 * (now - started)
-    decode_ms = []
-    for _ in tokens:
+    decode_ms: list[float] = []
+    turn_over, cpu_between = now, 0.0
+    for _ in range(decode_tokens):
+        if now >= turn_over:
+            cpu_before = cpu_clock()
+            others()
+            cpu_between += cpu_clock() - cpu_before
+            now = clock()
+            turn_over = now + TURN_S
+        next(tokens)
         before, now = now, clock()
         decode_ms.append(1000 * (now - before))
-    return Timing(len(ids), ttft_ms, tuple(decode_ms), cpu - cpu_started, cpu_clock() - cpu)
+    return Timing(len(ids), ttft_ms, tuple(decode_ms), cpu - cpu_started, cpu_clock() - cpu - cpu_between)
