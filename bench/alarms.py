@@ -65,7 +65,7 @@ def main() -> None:
     headline = [[what, ", ".join(f"{count} {word}" for word, count in words.items())] for what, words in found.items()]
     command = f"python bench/alarms.py --base {models.shown(options.base)} --folder /tmp/alarms --near-tensors {options.near_tensors}"
     command += f" --threads {options.threads} --runs {len(runs)}" + (" --loaded" if options.loaded else "")
-    what = "alarms-loaded" if options.loaded else "alarms"
+    what = "alarms" + ("" if options.threads == 1 else f"-{options.threads}-threads") + ("-loaded" if options.loaded else "")
     results.save(what, command, ("llama-cpp-python",), headline, {"verdicts": found, "seen": drift(runs), "runs": runs})
 
 

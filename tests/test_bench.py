@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from edgelora import bench, machine
-from edgelora.bench import disturbance, rounds
+from edgelora.bench import child, disturbance, rounds
 from edgelora.bench.child import Child, measuring
 from edgelora.errors import EdgeloraError, ModelError, Unsupported
 from edgelora.export import gguf
@@ -328,6 +329,19 @@ def test_child_waits_in_the_middle_of_a_round() -> None:
     with measuring("x", ("-c", program)) as child:
         assert [child.ask({"n": n}) for n in range(4)] == [{"waiting": True}, {"waiting": True}, {"n": 0}, {"waiting": True}]
         assert child.turn({"n": 4}) is None
+
+
+@pytest.mark.parametrize(("used_ms", "sleeps"), [([4, 4, 2, 0], 4), ([0], 1), ([4] * 60, 50)])
+def test_child_waits_until_its_threads_sleep(monkeypatch: pytest.MonkeyPatch, used_ms: list[int], sleeps: int) -> None:
+    used, slept = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        used[0] += used_ms[len(slept)] / 1000
+        slept.append(seconds)
+
+    monkeypatch.setattr(child, "time", SimpleNamespace(process_time=lambda: used[0], sleep=sleep))
+    child._fall_silent()
+    assert len(slept) == sleeps
 
 
 def test_bandwidth_of_two_threads_is_a_number_of_gigabytes() -> None:
