@@ -127,7 +127,7 @@ class Export:
     exporter: Literal["builder", "optimum"] | None = None  # of ONNX: onnxruntime-genai's model builder (None too), or Hugging Face's
     target: Literal["web"] | None = None  # web: beside it a folder that browsers load, with a page to chat (ONNX)
     max_size: str | None = None  # e.g. 90MB, instead of a type: the best type for every tensor within that size (GGUF, ONNX)
-    max_kl: float | None = None  # or: the smallest file that is predicted to stay that close to the trained model, nats a token
+    max_kl: float | None = None  # or: the smallest file that is measured to stay that close to the trained model, nats a token
     min_score: float | None = None  # or: the smallest file that was measured to score that on `valid`, above 0 and at most 1
 
     @property

@@ -81,7 +81,7 @@ def test_the_file_keeps_its_size_and_is_what_was_planned(model: Path, exported: 
 
 def test_the_better_of_the_measured_files_is_kept(exported: Artifact) -> None:
     near = [row for row in exported.facts["plan"]["candidates"] if abs(row["size_bytes"] / exported.facts["size_bytes"] - 1) < 0.05]
-    kept = next(row for row in near if row["rounding"] == exported.facts["plan"]["kept"])
+    (kept,) = (row for row in near if row["kept"])
     assert {row["rounding"] for row in near} == {"compensated", "nearest"}
     assert kept["kl"] == min(row["kl"] for row in near)
     assert exported.facts["kl"] < 2 * kept["kl"]  # on the first rows alone
@@ -187,15 +187,14 @@ def test_what_cannot_be_reached_names_what_can(model: Path, exported: Artifact) 
 
 
 def test_a_loss_instead_of_a_size(model: Path, exported: Artifact) -> None:
-    wanted = 0.8 * next(
-        row["predicted_kl"] for row in exported.facts["plan"]["candidates"] if row["size_bytes"] == exported.facts["size_bytes"]
-    )
+    wanted = 0.8 * next(row["kl"] for row in exported.facts["plan"]["candidates"] if row["size_bytes"] == exported.facts["size_bytes"])
     found = made(model, exported.path.parent, recipes.Export("gguf", max_kl=wanted))
-    kept = [row for row in found.facts["plan"]["candidates"] if row["size_bytes"] == found.facts["size_bytes"]]
-    assert kept
-    assert all(row["predicted_kl"] <= wanted for row in kept)
+    tried = found.facts["plan"]["candidates"]
+    assert [row["kept"] for row in tried] == [row["size_bytes"] == found.facts["size_bytes"] for row in tried]
+    assert found.facts["size_bytes"] == min(row["size_bytes"] for row in tried if row["kl"] <= wanted)
     assert exported.facts["size_bytes"] < found.facts["size_bytes"] < size_of(model, "f16")
-    with pytest.raises(Unsupported, match="cannot be reached: the best plan has"):
+    assert len([file for file in found.path.iterdir() if file.suffix == ".gguf"]) == 1
+    with pytest.raises(Unsupported, match=r"cannot be reached: the best of \d files, \S+ MB, has \S+ on 12 rows"):
         made(model, exported.path.parent, recipes.Export("gguf", max_kl=1e-12))
 
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-size", metavar="SIZE", help="Instead of a type: the best type for every tensor within that size, e.g. 90MB (GGUF, ONNX)."
 )
-@click.option("--max-kl", type=float, help="Instead of a type: the smallest file predicted to stay that close to the model, nats a token.")
+@click.option("--max-kl", type=float, help="Instead of a type: the smallest file measured to stay that close to the model, nats a token.")
 @click.option(
     "--min-score",
     type=float,

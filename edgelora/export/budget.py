@@ -23,7 +23,7 @@ from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
 from edgelora.errors import ModelError, Unsupported
 from edgelora.export import PLANNERS, beside, stage, verify
-from edgelora.export.referee import Referee
+from edgelora.export.referee import Referee, Tried
 from edgelora.export.reference import Reference
 from edgelora.progress import Progress, part
 from edgelora.quant import curvature, size_plan
@@ -40,13 +40,13 @@ _ROUNDINGS = {"compensated": True, "nearest": False}
 
 
 class Matrix(Protocol):
-    """A matrix that has a choice: how many `weights`, of how many `pieces` whose rounding errors are told apart."""
+    """A matrix that has a choice: how many `weights`, and the GGUF names of the tensors it is made of, whose rounding errors are told apart."""
 
     @property
     def weights(self) -> int: ...
 
     @property
-    def pieces(self) -> int: ...
+    def tensors(self) -> tuple[str, ...]: ...
 
     def options(self) -> dict[str, tuple[int, float]]:
         """Type -> bytes that it adds to the file, and bits a weight."""
@@ -103,7 +103,8 @@ def measure(
         step = lambda share, text: progress(_COLLECTING + (1 - _COLLECTING) * share, text)  # noqa: E731
         menus = _costs(planner.COMPETING, matrices, found, moments, threads, step)
         shutil.rmtree(scratch)
-        text = {rounding: size_plan.menu_as_dict(Menu(options, fixed)) for rounding, options in menus.items()}
+        outright = frozenset(key for key, matrix in matrices.items() if found.head in matrix.tensors)
+        text = {rounding: size_plan.menu_as_dict(Menu(options, fixed, outright)) for rounding, options in menus.items()}
         (folder / _MENUS).write_text(json.dumps(text), encoding="utf-8")
         return {"rows": len(calibration), "answer_tokens": found.answers, "matrices": len(matrices), "name": name}
 
@@ -133,7 +134,7 @@ def _costs(
     progress: Progress,
 ) -> dict[str, dict[str, tuple[Option, ...]]]:
     """What each type of each matrix costs, by way of rounding. ggml and numpy let other threads run while they compute."""
-    together = sum(matrix.pieces for matrix in matrices.values())
+    together = sum(len(matrix.tensors) for matrix in matrices.values())
 
     def options(key: str, compensated: bool) -> tuple[Option, ...]:
         costs = matrices[key].costs(found, Rounding(moments, compensated, SHRINK), together)
@@ -221,9 +222,13 @@ def export(
             kept, tried = referee.best({next(r for r, c in _ROUNDINGS.items() if c == given[1]): given[0]}, step)
         elif section.min_score is not None:
             kept, tried = referee.smallest("compensated", menus_["compensated"], section.min_score, step)
+        elif section.max_kl is not None:
+            kept, tried = referee.within("compensated", menus_["compensated"], section.max_kl, step)
         else:
-            kept, tried = referee.best(_planned(menus_, section, referee, step), part(step, 0, 2))
-            tried += referee.neighbours(kept, menus_[kept.rounding], part(step, 1, 2))
+            most = recipes.size_bytes(str(section.max_size))
+            kept, tried = referee.best(_planned(menus_, most, referee, step), part(step, 0, 3))
+            kept, more = referee.challenged(kept, _corrected(menus_, kept).plan(most), part(step, 1, 3))
+            tried += more + referee.neighbours(kept, _corrected(menus_, kept), part(step, 2, 3))
         chosen = kept.plan
         final = kept.file.rename(folder / f"{name}-{kind}{planner.ENDING}")
         progress(0.9, f"opening {final.name} in {module.RUNTIME}")
@@ -239,8 +244,8 @@ def export(
             progress(0.97, "writing the folder for browsers")
             found["web"] = stage.for_browsers(final, planner.STANDS_FOR, folder / f"{name}-{kind}-web", threads)
         frontier = {
-            "candidates": [one.as_row() for one in sorted(tried, key=lambda one: one.size_bytes)],
-            "frontier": [{"size_bytes": p.size_bytes, "predicted_kl": p.kl} for p in menus_[_menu_of(kept.rounding, menus_)].frontier()],
+            "candidates": [one.as_row() | {"kept": one is kept} for one in sorted(tried, key=lambda one: one.size_bytes)],
+            "frontier": [{"size_bytes": p.size_bytes, "predicted_kl": p.kl} for p in _corrected(menus_, kept).frontier()],
         }
         size_plan.write_plan(folder / PLAN, chosen, _ROUNDINGS[kept.rounding], frontier)
         mixture = planner.mixture(described, name, chosen, weights)
@@ -311,8 +316,7 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
     found = facts["plan"]
     return [
         f"{row['size_bytes'] / 1e6:.2f} MB, {row['rounding']} rounding: KL {row['kl']:.3g} [{row['kl_low']:.3g}, {row['kl_high']:.3g}] "
-        f"({row['predicted_kl']:.3g} predicted), loss {row['loss']:.3f}, score {row['score']:.3f}"
-        + (", kept" if (row["rounding"], row["size_bytes"]) == (found["kept"], facts["size_bytes"]) else "")
+        f"({row['predicted_kl']:.3g} predicted), loss {row['loss']:.3f}, score {row['score']:.3f}" + (", kept" if row["kept"] else "")
         for row in found["candidates"]
     ] + [
         "predicted frontier (MB: KL): "
@@ -322,11 +326,8 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _planned(menus: Mapping[str, Menu], section: recipes.Export, referee: Referee, progress: Progress) -> dict[str, Plan]:
-    """The plan of each way of rounding; Unsupported, with the measured quality of what can be reached, when none keeps the budget."""
-    if section.max_size is None:
-        return {rounding: menu.plan_within(float(section.max_kl or 0.0)) for rounding, menu in menus.items()}
-    most = recipes.size_bytes(section.max_size)
+def _planned(menus: Mapping[str, Menu], most: int, referee: Referee, progress: Progress) -> dict[str, Plan]:
+    """The plan of each way of rounding; Unsupported, with the measured quality of what can be reached, when none keeps within `most` bytes."""
     if most < min(menu.smallest().size_bytes for menu in menus.values()):
         least, _ = referee.best({"compensated": menus["compensated"].smallest()}, progress)
         found = least.measured
@@ -357,6 +358,7 @@ def _same_model(plan: Plan, matrices: Mapping[str, Matrix]) -> None:
         raise ModelError(f"the plan is of another model: {min(strange)} is not in both", "make a plan for this one with --max-size")
 
 
-def _menu_of(rounding: str, menus: Mapping[str, Menu]) -> str:
-    """The menu that says what other sizes would cost; a plan from elsewhere may be rounded in a way that none was made for."""
-    return rounding if rounding in menus else next(iter(menus))
+def _corrected(menus: Mapping[str, Menu], measured: Tried) -> Menu:
+    """What other sizes would cost, now that one was measured. A plan from elsewhere may be rounded in a way that no menu was made for."""
+    menu = menus.get(measured.rounding)
+    return menu.corrected(measured.plan, measured.measured["kl"]) if menu else next(iter(menus.values()))

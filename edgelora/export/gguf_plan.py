@@ -40,11 +40,14 @@ class Matrix:
 
     name: str
     stored: gguf.Matrix
-    pieces: int = 1
 
     @property
     def weights(self) -> int:
         return math.prod(self.stored.shape)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.name,)
 
     def options(self) -> dict[str, tuple[int, float]]:
         return {kind.name: (self.stored.bytes(kind), ggml.bits(kind)) for kind in sensitivity.candidates(self.stored.shape[-1])}

@@ -72,8 +72,8 @@ class Matrix:
         return self.shape[0] * self.shape[1]
 
     @property
-    def pieces(self) -> int:
-        return len(self.found)
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(piece.gguf for piece in self.found)
 
     def options(self) -> dict[str, tuple[int, float]]:
         rows, columns = self.shape

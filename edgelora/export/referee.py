@@ -27,6 +27,7 @@ Write = Callable[[str, Plan, Progress], Path]  # the way of rounding, what to wr
 
 _NEIGHBOURS = (0.85, 1.15, 1.4)  # times the size of the file that is kept: what less and more would give
 _STEPS = 16  # of the frontier that a score is looked for on
+_TRIES, _AIM = 5, 0.97  # files until one keeps a divergence, and the share of it that all but the first aim at
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,15 @@ class Referee:
                 _remove(one.file)
         return kept, tried
 
+    def challenged(self, kept: Tried, plan: Plan, progress: Progress) -> tuple[Tried, list[Tried]]:
+        """(the better one of `kept` and the file of `plan`, by the same way of rounding; what was measured: nothing for the same plan)."""
+        if plan.types == kept.plan.types:
+            return kept, []
+        other = self(kept.rounding, plan, progress)
+        better, worse = sorted((kept, other), key=lambda one: one.measured["kl"])
+        _remove(worse.file)
+        return better, [other]
+
     def neighbours(self, kept: Tried, menu: Menu, progress: Progress) -> list[Tried]:
         """Smaller and larger files by the same way of rounding, measured and removed."""
         sizes = [int(max(menu.smallest().size_bytes, factor * kept.plan.size_bytes)) for factor in _NEIGHBOURS]
@@ -89,6 +99,30 @@ class Referee:
             found.append(self(kept.rounding, plan, part(progress, i, len(plans))))
             _remove(found[-1].file)
         return found
+
+    def within(self, rounding: str, menu: Menu, kl: float, progress: Progress) -> tuple[Tried, list[Tried]]:
+        """The smallest file measured to be at most `kl` away, each one correcting what the next is planned by, and all that were measured.
+
+        Unsupported when none is that near.
+        """
+        tried: list[Tried] = []
+        plan = menu.plan_within(kl)
+        while len(tried) < _TRIES and all(plan.types != one.plan.types for one in tried):
+            tried.append(self(rounding, plan, part(progress, len(tried), _TRIES)))
+            plan = menu.corrected(plan, tried[-1].measured["kl"]).plan_within(_AIM * kl)
+        near = [one for one in tried if one.measured["kl"] <= kl]
+        if not near:
+            best = min(tried, key=lambda one: one.measured["kl"])
+            raise Unsupported(
+                f"a KL of {kl:g} cannot be reached: the best of {len(tried)} files, {best.size_bytes / 1e6:.1f} MB, has "
+                f"{best.measured['kl']:.2g} on {len(self.rows)} rows",
+                "allow more, or choose --type f16",
+            )
+        kept = min(near, key=lambda one: one.size_bytes)
+        for one in tried:
+            if one is not kept:
+                _remove(one.file)
+        return kept, tried
 
     def smallest(self, rounding: str, menu: Menu, score: float, progress: Progress) -> tuple[Tried, list[Tried]]:
         """The smallest file whose measured score is at least `score`, by bisection over the frontier, and all that were measured.

@@ -3,13 +3,15 @@
 A menu lists, for every tensor that has a choice, what it may be stored as: bytes, and the predicted KL divergence that the
 rounding costs. Costs add up (to second order, errors of different matrices are independent), so the best plan of
 every size is a knapsack. Nothing here knows what a type is: an exporter that can name its options and their bytes is served.
+A file that was measured corrects the menu it was planned from.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from edgelora.quant.knapsack import Frontier
 
 SCHEMA = 1
 _POINTS = 40  # of a frontier that is shown
+_FARTHEST = 16.0  # how many times a measured file may correct costs
 _MOST_BYTES = 16 << 20  # of a plan's file
 
 
@@ -42,10 +45,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Menu:
-    """`options` of every tensor that has a choice; `fixed_bytes` is all else in the file: metadata, tokenizer, vectors."""
+    """`options` of every tensor that has a choice; `fixed_bytes` is all else in the file: metadata, tokenizer, vectors.
+
+    Costs of the tensors in `outright` are losses computed as such (the head's), those of the others quadratic forms.
+    """
 
     options: Mapping[str, tuple[Option, ...]]
     fixed_bytes: int
+    outright: frozenset[str] = frozenset()
     measured: bool = True  # whether costs are losses; else they only tell better from worse
 
     def plan(self, max_bytes: int) -> Plan:
@@ -63,15 +70,8 @@ class Menu:
             ) from None
 
     def plan_within(self, kl: float) -> Plan:
-        """The smallest plan whose predicted loss is at most `kl`; Unsupported when no type is that good."""
-        chosen = self._frontier.within(kl)
-        if chosen is None:
-            best = self._plan(self._frontier.choose(self._frontier.largest))
-            raise Unsupported(
-                f"a KL of {kl:g} cannot be reached: the best plan has {best.kl:.2g} at {best.size_bytes / 1e6:.1f} MB (both predicted)",
-                "allow more, or choose --type f16",
-            )
-        return self._plan(chosen)
+        """The smallest plan whose predicted loss is at most `kl`, the best one where none is."""
+        return self._plan(self._frontier.within(kl) or self._frontier.choose(self._frontier.largest))
 
     def smallest(self) -> Plan:
         return self._plan(self._frontier.choose(self._frontier.smallest))
@@ -84,6 +84,22 @@ class Menu:
             plan = self._plan(self._frontier.choose(least + (most - least) * i // (points - 1)))
             found.setdefault(plan.size_bytes, plan)
         return list(found.values())
+
+    def corrected(self, plan: Plan, kl: float) -> Menu:
+        """The same after the file of one of its plans was measured: quadratic forms are scaled so that `plan` is predicted to cost `kl`.
+
+        A quadratic form at a point where the model is nearly sure of its answers takes errors for smaller than they are, and with them
+        everything but the head. Within 1/16 and 16 times: what is further off is no matter of scale.
+        """
+        costs = {(name, o.type): o.cost for name, item in self.options.items() for o in item}
+        if not plan.types.items() <= costs.keys():
+            return self  # made by hand, of types that were never costed
+        outright = math.fsum(costs[chosen] for chosen in plan.types.items() if chosen[0] in self.outright)
+        quadratic = math.fsum(costs[chosen] for chosen in plan.types.items()) - outright
+        if quadratic <= 0:
+            return self
+        factor = min(max((kl - outright) / quadratic, 1 / _FARTHEST), _FARTHEST)
+        return replace(self, options={name: item if name in self.outright else _times(factor, item) for name, item in self.options.items()})
 
     @cached_property
     def _frontier(self) -> Frontier:
@@ -106,14 +122,19 @@ class Menu:
         )
 
 
+def _times(factor: float, item: tuple[Option, ...]) -> tuple[Option, ...]:
+    return tuple(replace(option, cost=factor * option.cost) for option in item)
+
+
 def menu_as_dict(menu: Menu) -> dict[str, Any]:
     """JSON values from which `menu_of` makes the menu again."""
     options = {name: [[o.type, o.bytes, o.cost] for o in item] for name, item in menu.options.items()}
-    return {"fixed_bytes": menu.fixed_bytes, "options": options}
+    return {"fixed_bytes": menu.fixed_bytes, "outright": sorted(menu.outright), "options": options}
 
 
 def menu_of(values: Mapping[str, Any]) -> Menu:
-    return Menu({name: tuple(Option(*o) for o in item) for name, item in values["options"].items()}, values["fixed_bytes"])
+    options = {name: tuple(Option(*o) for o in item) for name, item in values["options"].items()}
+    return Menu(options, values["fixed_bytes"], frozenset(values.get("outright", ())))
 
 
 def write_plan(path: Path, plan: Plan, compensated: bool, frontier: Mapping[str, Any]) -> None:

@@ -113,6 +113,7 @@ REPORT: dict[str, Any] = {
                         "score_high": float,
                         "rows": int,
                         "tokens": int,
+                        "kept": bool,
                     }
                 ],
                 "frontier": [{"size_bytes": int, "predicted_kl": float}],

@@ -268,16 +268,7 @@ def group_bytes(types: Mapping[str, Any]) -> int:
 
 def plans(doc: Row) -> Table:
     """What was really measured of every file that was planned: its candidates, and smaller and larger ones."""
-    tried = [
-        {
-            **row,
-            "file": file.get("file"),
-            "kept": (row.get("rounding"), row.get("size_bytes")) == (plan.get("kept"), file.get("size_bytes")),
-        }
-        for file in rows(doc, "files")
-        for plan in [section(file, "plan")]
-        for row in rows(plan, "candidates")
-    ]
+    tried = [{**row, "file": file.get("file")} for file in rows(doc, "files") for row in rows(section(file, "plan"), "candidates")]
     return tabulate(
         tried,
         [
@@ -291,7 +282,7 @@ def plans(doc: Row) -> Table:
                 "Score on valid", lambda row: f.within(row.get("score"), row.get("score_low"), row.get("score_high"), f.percent), by="score"
             ),
             Column("n", lambda row: f.sample(row.get("rows"), row.get("tokens"))),
-            Column("Kept", lambda row: f"{PASS}kept" if row["kept"] else "", numeric=False),
+            Column("Kept", lambda row: f"{PASS}kept" if row.get("kept") else "", numeric=False),
         ],
     )
 
