@@ -129,11 +129,15 @@ def test_measure_lets_the_others_have_their_turn() -> None:
 
     _, (timing,), _ = rounds.measure(lambda: Slow(clock), (2,), 5, clock, lambda process: 2 * clock.now, others)  # type: ignore[arg-type, return-value]
     assert timing.ttft_ms == pytest.approx(40)
+    assert timing.prefill_cpu_s == pytest.approx(0.08)
     assert timing.decode_ms == pytest.approx((21, 22, 23, 24, 25))
     assert timing.decode_cpu_s == pytest.approx(2 * 0.115)  # what is used between the turns is none of the file's
-    # before the prompt, before the first token is continued, and when 50 ms are over: after three tokens
+    # before each of five readings, before the first token is continued, and when 50 ms are over: after three tokens
     opened = 100.5 + 0.02 + 0.02 + 0.021
-    assert turns == pytest.approx([opened, opened + 7.04, opened + 14.04 + 0.066])
+    assert turns == pytest.approx([*(opened + n * 7.04 for n in range(6)), opened + 6 * 7 + 5 * 0.04 + 0.066])
+    turns.clear()
+    rounds.measure(lambda: Slow(clock), (30,), 1, clock, lambda process: 0.0, others)  # type: ignore[arg-type, return-value]
+    assert len(turns) == 3  # two readings of 320 ms
 
     class Elsewhere(Slow):
         process_id = os.getppid()
@@ -333,7 +337,8 @@ def test_child_waits_in_the_middle_of_a_round() -> None:
 
 @pytest.mark.parametrize(("used_ms", "sleeps"), [([4, 4, 2, 0], 4), ([0], 1), ([4] * 60, 50)])
 def test_child_waits_until_its_threads_sleep(monkeypatch: pytest.MonkeyPatch, used_ms: list[int], sleeps: int) -> None:
-    used, slept = [0.0], []
+    used: list[float] = [0.0]
+    slept: list[float] = []
 
     def sleep(seconds: float) -> None:
         used[0] += used_ms[len(slept)] / 1000

@@ -46,7 +46,8 @@ def bench(path: Path, runtime_name: str, settings: Bench, threads: int, progress
 def bench_all(files: Sequence[tuple[Path, str]], settings: Bench, threads: int, progress: Progress) -> list[dict[str, Any]]:
     """Measure files, each with the runtime named beside it; one row per file and prompt length.
 
-    A row holds raw samples and their medians; rows of one call have the same `turns`, so that their repeats are pairs (`edgelora.speeds`).
+    A row holds raw samples and their medians (of a short prompt that is read several times in a repeat the median reading is the sample);
+    rows of one call have the same `turns`, so that their repeats are pairs (`edgelora.speeds`).
     `peak_rss_bytes` is of the whole child process, interpreter included, or of the browser's processes together; `load_average` is taken
     before the first round. A row is `crowded` when something from outside disturbed it and `noisy`
     when it or its samples are doubtful; `noisy_why` says why.

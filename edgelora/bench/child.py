@@ -138,7 +138,7 @@ def answer(request: dict[str, Any], others: Callable[[], None]) -> dict[str, Any
         request["decode_tokens"],
         time.perf_counter,
         machine.cpu_seconds,
-        *([others] if request.get("turns") else []),
+        others if request.get("turns") else None,
     )
     return asdict(Round(opened.version(), load_ms, timings, peak_rss_bytes, read))
 
