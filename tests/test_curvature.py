@@ -152,3 +152,40 @@ def test_weights_on_their_grid_have_nothing_to_lose(tiny: Tiny) -> None:
     taken = grid.taken_back(born + change)
     assert taken is not None
     assert np.corrcoef(taken.ravel(), change.ravel())[0, 1] < -0.5
+
+
+def test_rows_drawn_of_a_matrix_cost_what_all_of_them_do(tiny: Tiny) -> None:
+    """With errors of their own in every row, and with ones that all rows share."""
+    name, random = "blk.0.ffn_up.weight", np.random.default_rng(5)
+    rows, columns = tiny.curvature.outputs[name].shape[1], tiny.curvature.moments(name).shape[0]
+    errors, common = random.standard_normal((2, rows, columns)).astype(np.float32)
+    for change, seen in ((errors, None), (0.1 * errors + common, common)):
+        whole = tiny.curvature.cost(name, change, None if seen is None else tiny.curvature.seen(name, seen), together=30)
+        found = []
+        for seed in range(40):
+            fewer, chosen = tiny.curvature.drawn(name, rows // 3, seed)
+            along = None if seen is None else fewer.seen(name, seen[chosen])
+            found.append(fewer.cost(name, change[chosen], along, together=30))
+        assert np.mean(found) == pytest.approx(whole, rel=0.15)
+        assert np.std(found) < 0.3 * whole
+
+
+def test_a_large_matrix_is_judged_on_some_of_its_rows(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "blk.1.ffn_gate.weight"
+    values = np.random.default_rng(6).standard_normal((tiny.curvature.outputs[name].shape[1], tiny.curvature.moments(name).shape[0]))
+    seen: list[int] = []
+
+    class Counted(Rounding):
+        def quantize(self, name: str, values: np.ndarray, type: ggml.Type) -> np.ndarray:
+            seen.append(len(values))
+            return super().quantize(name, values, type)
+
+    rounding = Counted(tiny.curvature.moments, True, 0.2)
+    whole = sensitivity.costs(name, values.astype(np.float32), tiny.curvature, rounding)
+    monkeypatch.setattr(sensitivity, "_WEIGHTS", values.size // 2)
+    half = sensitivity.costs(name, values.astype(np.float32), tiny.curvature, rounding)
+    assert max(seen) == len(values)
+    assert 0.3 * len(values) < min(seen) <= len(values) // 2
+    assert half.keys() == whole.keys()
+    for kind, cost in whole.items():
+        assert half[kind] == pytest.approx(cost, rel=0.4)

@@ -337,7 +337,7 @@ def _pieces(
             continue
         quantize, at_once = partial(ggml.quantize, type=tensor.type, importance=(importance or {}).get(tensor.name)), 0
         if rounding is not None and len(tensor.shape) > 1:
-            quantize, at_once = partial(rounding.quantize, tensor.name, type=tensor.type), compensate.VALUES_AT_ONCE
+            quantize, at_once = partial(rounding.quantize, tensor.name, type=tensor.type), compensate.values_at_once(tensor.shape[-1])
         for rows in ranges(tensor.shape, rotation.head_dim(layout.config) if tensor.source.change else 1, at_once):
             yield tensor.name, partial(pack, tensor, quantize, rows)
 

@@ -20,22 +20,34 @@ from edgelora.quant import ggml
 from edgelora.quant.ggml import Type
 from edgelora.quant.grids import GRIDS
 
+Factors = tuple[np.ndarray | None, np.ndarray | None]  # a matrix's importance and `feedback`
+
 SHRINK = 0.2  # of the correlations between inputs, estimated from few rows; less lets feedback overshoot the blocks (bench/NOTES.md)
-VALUES_AT_ONCE = 1 << 20  # columns are done one after the other, so many rows at once make their steps worth it
+_VALUES_AT_ONCE, _ROWS_AT_ONCE = 1 << 20, 2048  # columns are done one after the other: many rows at once make their steps worth it
+_KEPT = 2  # matrices whose factors are kept: threads that round one after the other meet at its end
 
 
 def feedback(second_moments: np.ndarray, shrink: float) -> np.ndarray:
     """K_ij / K_jj above the diagonal, 0 elsewhere: how much of column i's error column j takes over. float32, shape (columns, columns).
 
     `second_moments`: H, symmetric, shape (columns, columns). Its correlations are estimates from few tokens, so they are
-    shrunk towards none: by the share `shrink`, which also makes H invertible.
+    shrunk towards none: by the share `shrink`, which also makes H invertible, in 32 bits too.
     """
-    h = second_moments.astype(np.float64)
-    deviation = np.sqrt(np.maximum(np.diag(h), 1e-12 * max(np.diag(h).max(), 1e-30)))
-    h = (1 - shrink) * h / np.outer(deviation, deviation)
+    squares = np.diag(second_moments).astype(np.float64)
+    deviation = np.sqrt(np.maximum(squares, 1e-12 * max(squares.max(), 1e-30)))
+    h = second_moments / deviation[:, None].astype(np.float32)
+    h *= ((1 - shrink) / deviation).astype(np.float32)
     np.fill_diagonal(h, 1.0)
-    k = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1] * deviation[:, None]  # of the matrix read backwards: an upper factor
-    return np.triu(k / np.diag(k), 1).astype(np.float32)
+    k = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]  # of the matrix read backwards: an upper factor
+    taken_over = np.triu(k, 1)
+    taken_over *= deviation[:, None].astype(np.float32)
+    taken_over /= (np.diag(k) * deviation).astype(np.float32)
+    return taken_over
+
+
+def values_at_once(columns: int) -> int:
+    """About how many values of a matrix with so many columns are best rounded together."""
+    return max(_VALUES_AT_ONCE, _ROWS_AT_ONCE * columns)
 
 
 def quantize(values: np.ndarray, type: Type, taken_over: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
@@ -44,7 +56,7 @@ def quantize(values: np.ndarray, type: Type, taken_over: np.ndarray, importance:
     `taken_over` comes from `feedback`; `importance` as in `ggml.quantize`, which chooses the scales. Rows do not depend on
     one another.
     """
-    step = max(1, VALUES_AT_ONCE // values.shape[1])
+    step = max(1, values_at_once(values.shape[1]) // values.shape[1])
     return np.concatenate([_quantized(values[i : i + step], type, taken_over, importance) for i in range(0, len(values), step)])
 
 
@@ -58,13 +70,17 @@ def _quantized(values: np.ndarray, type: Type, taken_over: np.ndarray, importanc
         wanted = weights[start:end] + taken_over[:start, start:end].T @ errors[:start]
         blocks = ggml.quantize(wanted.T, type, None if importance is None else importance[start:end])
         scales, offsets = (np.ascontiguousarray(part.T) for part in grid.scales(blocks))
+        steps = np.where(scales == 0, np.float32(np.inf), scales)  # whatever is divided by it takes the level of 0
         indices = np.empty(wanted.shape, dtype=np.uint8)
         for column in range(size):
-            scale, offset = scales[column // grid.sub % len(scales)], offsets[column // grid.sub % len(offsets)]
-            at = start + column
-            target = wanted[column] + taken_over[start:at, at] @ errors[start:at]
-            indices[column] = grid.nearest(target, scale, offset)
-            errors[at] = weights[at] - (scale * grid.levels[indices[column]] + offset)
+            sub, at = column // grid.sub % len(scales), start + column
+            target = taken_over[start:at, at] @ errors[start:at]
+            target += wanted[column]
+            indices[column] = grid.nearest(target, steps[sub], offsets[sub])
+            error = errors[at]
+            np.multiply(grid.levels.take(indices[column]), scales[sub], out=error)
+            error += offsets[sub]
+            np.subtract(weights[at], error, out=error)
         packed.append(grid.store(blocks, indices.T))
     return np.concatenate(packed, axis=1)
 
@@ -73,7 +89,7 @@ class Rounding:
     """How each matrix of a model is rounded: `moments(name)` gives its inputs' second moments, None where they are unknown.
 
     With `compensated` errors are made up for, in every type whose codes can be chosen here; else ggml rounds, with the
-    moments' diagonal as importance. `feedback` factors are computed once a matrix and kept for the latest one.
+    moments' diagonal as importance. `feedback` factors are computed once a matrix and kept for the latest ones.
     """
 
     def __init__(self, moments: Callable[[str], np.ndarray | None], compensated: bool, shrink: float) -> None:
@@ -81,7 +97,7 @@ class Rounding:
         self._moments = moments
         self._shrink = shrink
         self._lock = threading.Lock()
-        self._latest: tuple[str, np.ndarray | None, np.ndarray | None] = ("", None, None)
+        self._latest: dict[str, _Once] = {}
 
     def quantize(self, name: str, values: np.ndarray, type: Type) -> np.ndarray:
         """Rows of matrix `name` (float32, shape (rows, columns)) as ggml's bytes, uint8, shape (rows, row_bytes)."""
@@ -90,12 +106,32 @@ class Rounding:
             return ggml.quantize(values, type, importance)
         return quantize(values, type, taken_over, importance)
 
-    def of(self, name: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def of(self, name: str) -> Factors:
         """Importance of a matrix's columns and the factors of `feedback`, None for what is not known or not wanted."""
         with self._lock:
-            if self._latest[0] != name:
-                moments = self._moments(name)
-                importance = None if moments is None else np.ascontiguousarray(np.diag(moments), dtype=np.float32)
-                taken_over = feedback(moments, self._shrink) if moments is not None and self.compensated else None
-                self._latest = name, importance, taken_over
-            return self._latest[1:]
+            once = self._latest.setdefault(name, _Once(lambda: self._factors(name)))
+            if len(self._latest) > _KEPT:
+                del self._latest[next(iter(self._latest))]
+        return once()
+
+    def _factors(self, name: str) -> Factors:
+        moments = self._moments(name)
+        if moments is None:
+            return None, None
+        importance = np.ascontiguousarray(np.diag(moments), dtype=np.float32)
+        return importance, feedback(moments, self._shrink) if self.compensated else None
+
+
+class _Once:
+    """What several threads want is made by the first of them; those that want something else need not wait."""
+
+    def __init__(self, make: Callable[[], Factors]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made: Factors | None = None
+
+    def __call__(self) -> Factors:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+        return self._made

@@ -17,7 +17,7 @@ rows, and kept as inputs drawn by their weight. On its own rows a fitted roundin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,19 @@ class Curvature:
         """What the answers see of a matrix's `errors`: float32, shape (sketch, draws); its sum of squares is their cost."""
         judges = self.judges[self.source[name]]
         return np.asarray((self.outputs[name] @ errors) @ judges.T * np.float32((2 * len(judges)) ** -0.5))
+
+    def drawn(self, name: str, count: int, seed: int) -> tuple[Curvature, np.ndarray]:
+        """The same for at most `count` rows of a matrix, and which they are, weighed so that costs stay the same.
+
+        Drawn without replacement, each as likely as its gradients' square is large (systematic sampling; Madow 1949).
+        """
+        outputs = self.outputs[name]
+        squares = np.square(outputs, dtype=np.float64).sum(0) + 1e-30
+        likely = np.minimum(1.0, count * squares / squares.sum())
+        ends = np.cumsum(likely) + np.random.default_rng(seed).uniform()
+        rows = np.flatnonzero(np.floor(ends) > np.floor(ends - likely))
+        thinned = outputs[:, rows] * (likely[rows] ** -0.5).astype(np.float32)
+        return replace(self, outputs={**self.outputs, name: thinned}), rows
 
     def lookup_cost(self, errors: np.ndarray) -> float:
         """The same for the embedding's rows where they are looked up."""

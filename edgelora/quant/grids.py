@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -29,12 +30,16 @@ class Grid:
     first_code: int = 0  # the code of levels[0]; codes count up from it and wrap at 256
 
     def nearest(self, values: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """Indices of the levels nearest to `values`, uint8; all of shape (rows,)."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            wanted = np.where(scale == 0, 0, (values - offset) / scale)
-        if self._even:
-            return np.clip(np.rint(wanted - self.levels[0]), 0, len(self.levels) - 1).astype(np.uint8)
-        return np.searchsorted((self.levels[1:] + self.levels[:-1]) / 2, wanted).astype(np.uint8)
+        """Indices of the levels nearest to `values`, uint8; all of shape (rows,). No scale is 0: infinite stands for it."""
+        wanted = values - offset
+        wanted /= scale
+        if not self._even:
+            return np.searchsorted(self._between, wanted).astype(np.uint8)
+        wanted -= self.levels[0]
+        np.rint(wanted, out=wanted)
+        np.maximum(wanted, 0, out=wanted)
+        np.minimum(wanted, len(self.levels) - 1, out=wanted)
+        return wanted.astype(np.uint8)
 
     def store(self, blocks: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """`blocks` (uint8, shape (rows, bytes)) with the codes of `indices` (uint8, shape (rows, columns)) in place of theirs."""
@@ -44,9 +49,13 @@ class Grid:
             bits[:, self.places[:, bit]] = (codes >> bit) & 1
         return np.packbits(bits, axis=1, bitorder="little")
 
-    @property
+    @cached_property
     def _even(self) -> bool:
         return bool(self.levels[-1] - self.levels[0] == len(self.levels) - 1)
+
+    @cached_property
+    def _between(self) -> np.ndarray:
+        return np.asarray((self.levels[1:] + self.levels[:-1]) / 2)
 
 
 def _half(blocks: np.ndarray, byte: int) -> np.ndarray:

@@ -13,6 +13,9 @@ from edgelora.quant.compensate import Rounding
 from edgelora.quant.curvature import EMBEDDING, Curvature
 from edgelora.quant.ggml import Type
 
+_WEIGHTS = 1 << 21  # of a larger matrix costs are judged on some rows: every row is rounded by itself, and each type rounds them all
+_SEED = 20251126
+
 # From 2.6 to 8.5 bits a weight. Those with blocks of 256 serve rows that are a multiple of it.
 CANDIDATES = (
     Type.Q2_K, Type.Q3_K, Type.IQ4_XS, Type.Q4_0, Type.IQ4_NL, Type.Q4_K, Type.Q4_1, Type.Q5_0, Type.Q5_K, Type.Q5_1, Type.Q6_K, Type.Q8_0
@@ -29,7 +32,11 @@ def costs(name: str, values: np.ndarray, curvature: Curvature, rounding: Roundin
 
     Where the weights lie near a type's own grid (a base that was published in 4 bits), rounding to it, and to finer grids
     that contain it, takes away what training has changed: that is no noise, and the same in all matrices, of which there are `together`.
+    Of a large matrix of the layers rows are drawn by how much the answers depend on them.
     """
+    if name.startswith("blk.") and values.size > _WEIGHTS:
+        curvature, rows = curvature.drawn(name, _WEIGHTS // values.shape[1], _SEED)
+        values = values[rows]
     common = taken_back(name, values, curvature)
     return {
         kind: cost(name, values, rounding.quantize(name, values, kind), kind, curvature, common, together)
