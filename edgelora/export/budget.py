@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,7 @@ from edgelora.quant import curvature, size_plan
 from edgelora.quant.compensate import SHRINK, Rounding
 from edgelora.quant.curvature import Curvature
 from edgelora.quant.size_plan import Menu, Option, Plan
+from edgelora.quant.workers import Workers
 from edgelora.runtime import runtimes_of
 from edgelora.tuned import Tuned
 
@@ -98,10 +100,10 @@ def measure(
         opened = curvature.open_model(described, weights, threads)
         found = curvature.collect(opened, learned, lambda share, text: progress(_COLLECTING * share, text), judged)
         curvature.save(found, folder / _MOMENTS)
-        moments = curvature.Moments(folder / _MOMENTS)
         fixed, matrices = planner.matrices(described, name, weights)
         step = lambda share, text: progress(_COLLECTING + (1 - _COLLECTING) * share, text)  # noqa: E731
-        menus = _costs(planner.COMPETING, matrices, found, moments, threads, step)
+        with _roundings(folder / _MOMENTS, threads) as roundings:
+            menus = _costs({way: roundings[way] for way in planner.COMPETING}, matrices, found, threads, step)
         shutil.rmtree(scratch)
         outright = frozenset(key for key, matrix in matrices.items() if found.head in matrix.tensors)
         text = {rounding: size_plan.menu_as_dict(Menu(options, fixed, outright)) for rounding, options in menus.items()}
@@ -125,26 +127,28 @@ def measured(out: Path, format: str, model_key: str) -> Artifact | None:
     return artifact.measured_on(out, _planner(format).MEASURED, model_key)
 
 
+@contextmanager
+def _roundings(moments: Path, threads: int) -> Iterator[dict[str, Rounding]]:
+    """Both ways of rounding; as many threads may round as there are `threads`."""
+    with Workers(moments, SHRINK, threads) as compensated:
+        yield {"compensated": compensated, "nearest": Rounding(curvature.Moments(moments), False, SHRINK)}
+
+
 def _costs(
-    competing: Sequence[str],
-    matrices: Mapping[str, Matrix],
-    found: Curvature,
-    moments: curvature.Moments,
-    threads: int,
-    progress: Progress,
+    competing: Mapping[str, Rounding], matrices: Mapping[str, Matrix], found: Curvature, threads: int, progress: Progress
 ) -> dict[str, dict[str, tuple[Option, ...]]]:
     """What each type of each matrix costs, by way of rounding. ggml and numpy let other threads run while they compute."""
     together = sum(len(matrix.tensors) for matrix in matrices.values())
 
-    def options(key: str, compensated: bool) -> tuple[Option, ...]:
-        costs = matrices[key].costs(found, Rounding(moments, compensated, SHRINK), together)
+    def options(key: str, rounding: Rounding) -> tuple[Option, ...]:
+        costs = matrices[key].costs(found, rounding, together)
         return tuple(Option(kind, n_bytes, costs[kind]) for kind, (n_bytes, _) in matrices[key].options().items())
 
-    menus: dict[str, dict[str, tuple[Option, ...]]] = {rounding: {} for rounding in competing}
+    menus: dict[str, dict[str, tuple[Option, ...]]] = {name: {} for name in competing}
     largest_first = sorted(matrices, key=lambda key: -matrices[key].weights)
     total, done = len(menus) * sum(matrix.weights for matrix in matrices.values()), 0
     with ThreadPoolExecutor(threads) as pool:
-        jobs = {pool.submit(options, key, _ROUNDINGS[name]): (key, name) for key in largest_first for name in menus}
+        jobs = {pool.submit(options, key, rounding): (key, name) for key in largest_first for name, rounding in competing.items()}
         try:
             for job in as_completed(jobs):
                 key, name = jobs[job]
@@ -211,24 +215,15 @@ def export(
         reference = model.as_trained(rows, threads)
         writer: Writer = planner.open(described, name, weights, scratch, threads, part(progress, 0, 3), **_settings(planner, section))
 
-        def write(rounding: str, chosen: Plan, step: Progress) -> Path:
-            place = Path(tempfile.mkdtemp(dir=scratch))
-            return Path(writer.write(chosen, moments, Rounding(moments, _ROUNDINGS[rounding], SHRINK), place, step))
-
         menus_ = {rounding: replace(menu, fixed_bytes=writer.fixed_bytes) for rounding, menu in menus(known).items()}
-        referee = Referee(write, reference, rows, _answers(described, model), module.RUNTIME, threads)
-        step = part(progress, 1, 3)
-        if given:
-            kept, tried = referee.best({next(r for r, c in _ROUNDINGS.items() if c == given[1]): given[0]}, step)
-        elif section.min_score is not None:
-            kept, tried = referee.smallest("compensated", menus_["compensated"], section.min_score, step)
-        elif section.max_kl is not None:
-            kept, tried = referee.within("compensated", menus_["compensated"], section.max_kl, step)
-        else:
-            most = recipes.size_bytes(str(section.max_size))
-            kept, tried = referee.best(_planned(menus_, most, referee, step), part(step, 0, 3))
-            kept, more = referee.challenged(kept, _corrected(menus_, kept).plan(most), part(step, 1, 3))
-            tried += more + referee.neighbours(kept, _corrected(menus_, kept), part(step, 2, 3))
+        with _roundings(known.path / _MOMENTS, threads) as roundings:
+
+            def write(rounding: str, chosen: Plan, step: Progress) -> Path:
+                place = Path(tempfile.mkdtemp(dir=scratch))
+                return Path(writer.write(chosen, moments, roundings[rounding], place, step))
+
+            referee = Referee(write, reference, rows, _answers(described, model), module.RUNTIME, threads)
+            kept, tried = _measured(referee, menus_, section, given, part(progress, 1, 3))
         chosen = kept.plan
         final = kept.file.rename(folder / f"{name}-{kind}{planner.ENDING}")
         progress(0.9, f"opening {final.name} in {module.RUNTIME}")
@@ -324,6 +319,22 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
             f"{p['size_bytes'] / 1e6:.0f}: {p['predicted_kl']:.2g}" for p in found["frontier"][:: max(1, len(found["frontier"]) // 10)]
         )
     ]
+
+
+def _measured(
+    referee: Referee, menus: Mapping[str, Menu], section: recipes.Export, given: tuple[Plan, bool] | None, progress: Progress
+) -> tuple[Tried, list[Tried]]:
+    """The file to keep, and all that were measured for it."""
+    if given:
+        return referee.best({next(r for r, c in _ROUNDINGS.items() if c == given[1]): given[0]}, progress)
+    if section.min_score is not None:
+        return referee.smallest("compensated", menus["compensated"], section.min_score, progress)
+    if section.max_kl is not None:
+        return referee.within("compensated", menus["compensated"], section.max_kl, progress)
+    most = recipes.size_bytes(str(section.max_size))
+    kept, tried = referee.best(_planned(menus, most, referee, progress), part(progress, 0, 3))
+    kept, more = referee.challenged(kept, _corrected(menus, kept).plan(most), part(progress, 1, 3))
+    return kept, tried + more + referee.neighbours(kept, _corrected(menus, kept), part(progress, 2, 3))
 
 
 def _planned(menus: Mapping[str, Menu], most: int, referee: Referee, progress: Progress) -> dict[str, Plan]:

@@ -1,0 +1,68 @@
+"""Rounding in processes: the same bytes as in this one, several at once, and errors that arrive."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgelora.errors import EdgeloraError, ModelError
+from edgelora.quant import ggml
+from edgelora.quant.compensate import Rounding
+from edgelora.quant.curvature import Curvature, Moments, save
+from edgelora.quant.ggml import Type
+from edgelora.quant.workers import Workers
+
+COLUMNS = 256
+
+
+@pytest.fixture(scope="module")
+def moments(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    random, file = np.random.default_rng(0), tmp_path_factory.mktemp("moments") / "moments.safetensors"
+    inputs = (random.standard_normal((500, 16)) @ random.standard_normal((16, COLUMNS))).astype(np.float32)
+    none = np.zeros((0, COLUMNS), np.float32)
+    save(Curvature({"a": inputs.T @ inputs / 500}, {}, {"a": "a", "b": "a"}, {}, none, none, "a", 500), file)
+    return file
+
+
+def values(rows: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, COLUMNS)).astype(np.float32)
+
+
+def test_several_threads_get_the_bytes_of_a_single_one(moments: Path) -> None:
+    here = Rounding(Moments(moments), True, 0.2)
+    wanted = [
+        (name, values(40, seed), kind) for seed, (name, kind) in enumerate([("a", Type.Q4_0), ("b", Type.Q6_K), ("a", Type.IQ4_NL)] * 4)
+    ]
+    with Workers(moments, 0.2, 2) as workers, ThreadPoolExecutor(5) as pool:
+        found = list(pool.map(lambda asked: workers.quantize(*asked), wanted))
+        assert len(workers._started) == 2
+    for asked, packed in zip(wanted, found, strict=True):
+        close = ggml.dequantize(packed, asked[2]), ggml.dequantize(here.quantize(*asked), asked[2])
+        assert (close[0] == close[1]).mean() > 0.99  # sums of other threads end in other digits, and few values lie between two levels
+    assert all(process.poll() is not None for process in workers._started)
+
+
+def test_a_matrix_without_moments_and_a_type_without_codes_are_rounded_here(moments: Path) -> None:
+    with Workers(moments, 0.2, 1) as workers:
+        assert np.array_equal(workers.quantize("unknown", values(3, 0), Type.Q4_0), ggml.quantize(values(3, 0), Type.Q4_0))
+        assert ggml.dequantize(workers.quantize("a", values(3, 0), Type.F16), Type.F16) == pytest.approx(values(3, 0), abs=1e-2)
+        assert not workers._started
+
+
+def test_what_does_not_fit_a_type_is_said_and_the_next_one_is_served(moments: Path) -> None:
+    with Workers(moments, 0.2, 1) as workers:
+        with pytest.raises(ModelError, match=re.escape("do not fit Q4_0")):
+            workers.quantize("a", np.full((2, COLUMNS), 1e7, np.float32), Type.Q4_0)
+        assert workers.quantize("a", values(2, 1), Type.Q4_0).shape == (2, ggml.row_bytes(Type.Q4_0, COLUMNS))
+
+
+def test_a_worker_that_died_is_an_error_and_no_wait(moments: Path) -> None:
+    with Workers(moments, 0.2, 1) as workers:
+        workers.quantize("a", values(2, 1), Type.Q4_0)
+        workers._started[0].kill()
+        with pytest.raises(EdgeloraError, match="rounding a ended with status -9"):
+            workers.quantize("a", values(2, 1), Type.Q4_0)
