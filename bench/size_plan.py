@@ -26,8 +26,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.reference_models import HELD_OUT, task_rows
 from bench.size_lab import Files, How, Job, Lab, Pool, curve, imatrix, in_llama_cpp, keep, keep_curvature, round_one
-from edgelora import evaluate, machine
+from edgelora import artifact, evaluate, machine
 from edgelora.data.chat import Encoded
 from edgelora.quant import gguf_types, sensitivity
 from edgelora.quant.curvature import EMBEDDING
@@ -394,9 +395,37 @@ def main() -> None:
     pool.close()
 
 
+def headline(document: Mapping[str, Any]) -> list[list[str]]:
+    """Ratios of KL at every budget, and what the true answers lose at most."""
+
+    def ratios(of: Callable[[Mapping[str, Any]], float | None]) -> str:
+        found = {row["budget_bytes"] // MB: of(row) for row in document["budgets"]}
+        return ", ".join(f"{budget} MB {ratio:.2f}" for budget, ratio in found.items() if ratio is not None)
+
+    lines = {
+        f"KL of the plan over that of the best stock recipe, {document['model']}, {document['task']}": ratios(lambda r: r["stock"]["kl_ratio"]),
+        "over the best uniform types with the same importance": ratios(lambda r: r["control"]["kl_ratio"] if "control" in r else None),
+        "and compensated like the plan": ratios(lambda r: r["uniform"]["kl_ratio"] if "uniform" in r else None),
+        "over the plan before its first file was measured": ratios(lambda r: r["plan"]["kl"] / r["first"]["kl"]),
+        "in llama.cpp, over the best stock recipe": ratios(lambda r: r["llama_cpp"]["stock"]["kl_ratio"] if r.get("llama_cpp") else None),
+        "loss of the true answers against the best rival": f"at most {max(r['stock']['loss_difference'] for r in document['budgets']):+.4f} nats a token",
+        "against": f"{sum(file['kind'] == 'stock' for file in document['files'])} stock files",
+    }  # fmt: skip
+    return [[what, figure] for what, figure in lines.items() if figure]
+
+
 def _save(given: argparse.Namespace, document: Mapping[str, Any]) -> None:
-    about = {"machine": machine.describe(), "document": document}
-    (given.out / f"{given.model}-{document['task']}.json").write_text(json.dumps(about), encoding="utf-8")
+    """A result but for its name and commit: the GPU machine has the files alone."""
+    trained = {name: given.work / f"{name}.json" for name in (given.model, document["task"])}
+    head = {
+        "command": f"python bench/size_plan.py CARRY WORK OUT --model {given.model} --task {document['task']} --seconds {given.seconds:.0f}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine.describe(),
+        "versions": artifact.versions_of("torch", "transformers", "gguf", "llama-cpp-python"),
+        "headline": headline(document),
+        "models": {name: json.loads(file.read_text(encoding="utf-8")) for name, file in trained.items() if file.is_file()},
+    }
+    (given.out / f"{given.model}-{document['task']}.json").write_text(json.dumps(head | dict(document)), encoding="utf-8")
 
 
 if __name__ == "__main__":
