@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file
+from transformers import TrainerState
 
 from edgelora import artifact, evaluate, models, report, weights
 from edgelora import recipe as recipes
@@ -296,6 +298,19 @@ def test_half_an_epoch_is_a_training_too(tiny_base: Path, tmp_path: Path) -> Non
     assert made["steps"] == len(made["curve"]) == 2
     assert made["epochs"] == pytest.approx(0.5)
     assert made["best_valid_loss"] == made["valid_curve"][-1]["loss"]
+
+
+@pytest.mark.parametrize("epochs", [0.25, 1.0, 1.25])
+def test_tokens_a_second_count_what_was_trained(epochs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' number of epochs is a whole one."""
+    clock = iter([100.0, 100.0, 110.0])
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    said: list[str] = []
+    watch = loop.Watch(lambda share, text: said.append(text), tokens=4000)
+    state = TrainerState(epoch=epochs / 2, global_step=50, max_steps=100, num_train_epochs=math.ceil(epochs))
+    watch.on_train_begin(None, TrainerState(), None)
+    watch.on_log(None, state, None, {"loss": 1.0})
+    assert f"  {4000 * epochs / 2 / 10:,.0f} tok/s  " in said[0]
 
 
 def test_the_learning_rate_warms_up_and_falls(recipe: recipes.Recipe, tiny_base: Path, rows: list[Encoded], tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ class Watch(TrainerCallback):
     def _line(self, state: Any, loss: float) -> str:
         """Step, loss, speed since the start, memory and time left."""
         seconds, steps = time.monotonic() - self.begun, state.global_step - self.first
-        rate = self.tokens * state.num_train_epochs / max(1, state.max_steps) * steps / max(seconds, 1e-9)
+        rate = self.tokens * state.epoch / max(1, state.global_step) * steps / max(seconds, 1e-9)
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else machine.peak_rss_bytes()
         left = seconds / max(1, steps) * (state.max_steps - state.global_step)
         ahead = f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left"
