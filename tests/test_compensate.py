@@ -97,6 +97,7 @@ def test_feedback_is_the_factor_of_the_shrunk_moments() -> None:
     remains = np.linalg.solve(unit, np.linalg.solve(unit, shrunk).T)
     assert np.allclose(remains, np.diag(np.diag(remains)), atol=1e-4 * deviation.max() ** 2)
     assert not np.tril(compensate.feedback(h, 0.2)).any()
+    assert compensate.feedback(h, 0.2).dtype == np.float32
 
 
 def test_rows_do_not_depend_on_one_another() -> None:

@@ -223,7 +223,7 @@ def export(
                 return Path(writer.write(chosen, moments, roundings[rounding], place, step))
 
             referee = Referee(write, reference, rows, _answers(described, model), module.RUNTIME, threads)
-            kept, tried = _measured(referee, menus_, section, given, part(progress, 1, 3))
+            kept, tried = _selected(referee, menus_, section, given, part(progress, 1, 3))
         chosen = kept.plan
         final = kept.file.rename(folder / f"{name}-{kind}{planner.ENDING}")
         progress(0.9, f"opening {final.name} in {module.RUNTIME}")
@@ -321,7 +321,7 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _measured(
+def _selected(
     referee: Referee, menus: Mapping[str, Menu], section: recipes.Export, given: tuple[Plan, bool] | None, progress: Progress
 ) -> tuple[Tried, list[Tried]]:
     """The file to keep, and all that were measured for it."""

@@ -35,7 +35,7 @@ def feedback(second_moments: np.ndarray, shrink: float) -> np.ndarray:
     """
     squares = np.diag(second_moments).astype(np.float64)
     deviation = np.sqrt(np.maximum(squares, 1e-12 * max(squares.max(), 1e-30)))
-    h = second_moments / deviation[:, None].astype(np.float32)
+    h = np.divide(second_moments, deviation[:, None], dtype=np.float32)
     h *= ((1 - shrink) / deviation).astype(np.float32)
     np.fill_diagonal(h, 1.0)
     k = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]  # of the matrix read backwards: an upper factor

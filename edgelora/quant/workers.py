@@ -9,6 +9,7 @@ so the bytes of a file are the same whatever the number of processes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -65,13 +66,15 @@ class Workers(Rounding):
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 assert pipe
-                pipe.close()
+                with contextlib.suppress(OSError):
+                    pipe.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
         source = str(Path(__file__).resolve().parents[2])  # also where edgelora runs from its checkout
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": path}
-        process = subprocess.Popen(self._line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        # A session of its own: Ctrl-C is ours to answer.
+        process = subprocess.Popen(self._line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
         self._started.append(process)
         return process
 
