@@ -35,6 +35,7 @@ Progress = Callable[[float, str], None]
 
 _WARM_UP_ROUNDS = 5  # at most
 _ROOM = 4  # times the bytes of all files, to hold them open at once: llama.cpp has repacked weights twice, and repacks where half of memory is left
+_SOON_S = 0.005  # a process that just answered is asleep again by then, and does not count as another program
 _STABLE = 0.05  # two successive decode medians this near each other end the warm-up
 
 
@@ -78,6 +79,7 @@ def bench_all(files: Sequence[tuple[Path, str]], settings: Bench, threads: int, 
         places = cores.places(threads) if len(files) > 1 else []
         before, started = disturbance.snapshot(), time.monotonic()
         for repeat in range(settings.repeats):
+            time.sleep(_SOON_S)
             others += [n] if (n := machine.others_running()) is not None else []
             hot.append(machine.clock_held_down())
             here = {"turns": at_once, "cores": places[repeat % len(places)] if places else ()}
