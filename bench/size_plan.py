@@ -231,7 +231,8 @@ class Study:
         if again.types == plan.types:
             return first, first
         file = _file(f"{budget} MB, {first.how.name}, again", "plan", first.how, again)
-        return (self.judge([file])[0] if on_valid(file) < kl else first), first
+        judged = self.judge([file]) if on_valid(file) < kl else []
+        return (judged or [first])[0], first
 
     def kept(self, file: File) -> dict[str, float] | None:
         """The share of the fine-tune's gain that the file keeps, with a paired interval; of the loss, and of tokens that are the first choice."""

@@ -38,6 +38,7 @@ from edgelora.tuned import Tuned
 PLAN = "plan.json"
 _MOMENTS, _MENUS = "moments.safetensors", "menus.json"
 _COLLECTING = 0.5  # of the time that `measure` takes
+_PLANNER = 2  # counts up when other files are chosen or measured otherwise: what was made before is not taken for the same
 _ROUNDINGS = {"compensated": True, "nearest": False}
 
 
@@ -116,7 +117,7 @@ def measure(
         planner.MEASURED,
         make,
         made_from={"model": model.key, "rows": merge.rows_key(calibration)},
-        recipe={"base": base, "name": name, "shrink": SHRINK},
+        recipe={"base": base, "name": name, "shrink": SHRINK, "planner": _PLANNER},
         versions=artifact.versions_of("torch", "transformers", "llama-cpp-python"),
         rows={"train": "train"},
     )
@@ -155,6 +156,10 @@ def _costs(
                 menus[name][key] = job.result()
                 done += matrices[key].weights
                 progress(done / total, f"{key}, {name} rounding")
+        except BaseException:  # Ctrl-C too: a head takes minutes
+            for rounding in competing.values():
+                rounding.stop()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
     return {name: {key: menu[key] for key in matrices} for name, menu in menus.items()}
@@ -278,6 +283,7 @@ def export(
             "name": name,
             "max_kl": limits.max_kl,
             "into": base,
+            "planner": _PLANNER,
             **{key: value for key in ("activations", "target") if (value := getattr(section, key)) is not None},
         },
         versions=artifact.versions_of(*planner.PACKAGES),
@@ -311,7 +317,7 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
     found = facts["plan"]
     return [
         f"{row['size_bytes'] / 1e6:.2f} MB, {row['rounding']} rounding: KL {row['kl']:.3g} [{row['kl_low']:.3g}, {row['kl_high']:.3g}] "
-        f"({row['predicted_kl']:.3g} predicted), loss {row['loss']:.3f}, score {row['score']:.3f}" + (", kept" if row["kept"] else "")
+        f"({row['predicted_kl']:.3g} predicted), loss {row['loss']:.3f}, score {row['score']:.3f}" + (", kept" if row.get("kept") else "")
         for row in found["candidates"]
     ] + [
         "predicted frontier (MB: KL): "

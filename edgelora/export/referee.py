@@ -103,25 +103,37 @@ class Referee:
     def within(self, rounding: str, menu: Menu, kl: float, progress: Progress) -> tuple[Tried, list[Tried]]:
         """The smallest file measured to be at most `kl` away, each one correcting what the next is planned by, and all that were measured.
 
-        Unsupported when none is that near.
+        Between one that is too far away and one that is near enough the next lies between the two. Unsupported when not even the best plan is near enough.
         """
-        tried: list[Tried] = []
-        plan = menu.plan_within(kl)
-        while len(tried) < _TRIES and all(plan.types != one.plan.types for one in tried):
-            tried.append(self(rounding, plan, part(progress, len(tried), _TRIES)))
-            plan = menu.corrected(plan, tried[-1].measured["kl"]).plan_within(_AIM * kl)
-        near = [one for one in tried if one.measured["kl"] <= kl]
-        if not near:
-            best = min(tried, key=lambda one: one.measured["kl"])
+        best, tried = menu.plan_within(0.0), list[Tried]()
+        plan, too_small, kept = menu.plan_within(kl), 0, None
+        while True:
+            one = self(rounding, plan, part(progress, len(tried), _TRIES))
+            tried.append(one)
+            if one.measured["kl"] > kl:
+                too_small = max(too_small, plan.size_bytes)
+                _remove(one.file)
+            else:
+                if kept:
+                    _remove(kept.file)
+                kept = one
+            if len(tried) == _TRIES:
+                break
+            enough = kept.plan.size_bytes if kept else best.size_bytes + 1
+            plan = menu.corrected(plan, one.measured["kl"]).plan_within(_AIM * kl)
+            if not kept and (len(tried) == _TRIES - 1 or plan.size_bytes <= too_small):
+                plan = best
+            if kept and too_small and not too_small < plan.size_bytes < enough:
+                plan = menu.plan((too_small + enough) // 2)
+            if not too_small < plan.size_bytes < enough:
+                break
+        if kept is None:
+            nearest = min(tried, key=lambda one: one.measured["kl"])
             raise Unsupported(
-                f"a KL of {kl:g} cannot be reached: the best of {len(tried)} files, {best.size_bytes / 1e6:.1f} MB, has "
-                f"{best.measured['kl']:.2g} on {len(self.rows)} rows",
+                f"a KL of {kl:g} cannot be reached: the best of {len(tried)} files, {nearest.size_bytes / 1e6:.1f} MB, has "
+                f"{nearest.measured['kl']:.2g} on {len(self.rows)} rows",
                 "allow more, or choose --type f16",
             )
-        kept = min(near, key=lambda one: one.size_bytes)
-        for one in tried:
-            if one is not kept:
-                _remove(one.file)
         return kept, tried
 
     def smallest(self, rounding: str, menu: Menu, score: float, progress: Progress) -> tuple[Tried, list[Tried]]:

@@ -24,7 +24,7 @@ Factors = tuple[np.ndarray | None, np.ndarray | None]  # a matrix's importance a
 
 SHRINK = 0.2  # of the correlations between inputs, estimated from few rows; less lets feedback overshoot the blocks (bench/NOTES.md)
 _VALUES_AT_ONCE, _ROWS_AT_ONCE = 1 << 20, 2048  # columns are done one after the other: many rows at once make their steps worth it
-_KEPT = 2  # matrices whose factors are kept: threads that round one after the other meet at its end
+_KEPT = 2  # matrices whose `feedback` is kept: threads that round one after the other meet at its end
 
 
 def feedback(second_moments: np.ndarray, shrink: float) -> np.ndarray:
@@ -106,11 +106,14 @@ class Rounding:
             return ggml.quantize(values, type, importance)
         return quantize(values, type, taken_over, importance)
 
+    def stop(self) -> None:
+        """End what other threads have asked for, where that can be."""
+
     def of(self, name: str) -> Factors:
         """Importance of a matrix's columns and the factors of `feedback`, None for what is not known or not wanted."""
         with self._lock:
             once = self._latest.setdefault(name, _Once(lambda: self._factors(name)))
-            if len(self._latest) > _KEPT:
+            if self.compensated and len(self._latest) > _KEPT:
                 del self._latest[next(iter(self._latest))]
         return once()
 

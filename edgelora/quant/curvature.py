@@ -83,7 +83,7 @@ class Curvature:
         return np.asarray((self.outputs[name] @ errors) @ judges.T * np.float32((2 * len(judges)) ** -0.5))
 
     def drawn(self, name: str, count: int, seed: int) -> tuple[Curvature, np.ndarray]:
-        """The same for at most `count` rows of a matrix, and which they are, weighed so that costs stay the same.
+        """The same for at most `count` rows of a matrix, and which they are, weighed so that costs of errors that rows do not share stay the same.
 
         Drawn without replacement, each as likely as its gradients' square is large (systematic sampling; Madow 1949).
         """

@@ -32,12 +32,12 @@ def costs(name: str, values: np.ndarray, curvature: Curvature, rounding: Roundin
 
     Where the weights lie near a type's own grid (a base that was published in 4 bits), rounding to it, and to finer grids
     that contain it, takes away what training has changed: that is no noise, and the same in all matrices, of which there are `together`.
-    Of a large matrix of the layers rows are drawn by how much the answers depend on them.
+    Of a large matrix of the layers, if it has nothing of the kind, rows are drawn by how much the answers depend on them.
     """
-    if name.startswith("blk.") and values.size > _WEIGHTS:
+    common = taken_back(name, values, curvature)
+    if common is None and name.startswith("blk.") and values.size > _WEIGHTS:
         curvature, rows = curvature.drawn(name, _WEIGHTS // values.shape[1], _SEED)
         values = values[rows]
-    common = taken_back(name, values, curvature)
     return {
         kind: cost(name, values, rounding.quantize(name, values, kind), kind, curvature, common, together)
         for kind in candidates(values.shape[1])

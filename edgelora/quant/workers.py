@@ -13,9 +13,9 @@ import contextlib
 import json
 import math
 import os
-import queue
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -24,76 +24,107 @@ import numpy as np
 
 from edgelora.errors import EdgeloraError, ModelError
 from edgelora.quant import ggml
-from edgelora.quant.compensate import Rounding
+from edgelora.quant.compensate import Rounding, values_at_once
 from edgelora.quant.curvature import Moments
 from edgelora.quant.ggml import Type
 from edgelora.quant.grids import GRIDS
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1")
+_HINT = "free some memory, or use fewer --threads"
 
 
 class Workers(Rounding):
     """A compensated `Rounding` that at most `count` processes do; to be closed. They start when they are wanted.
 
-    `quantize` may be called from several threads, each of which waits for its answer.
+    `quantize` may be called from several threads, each of which waits for its answer; a matrix goes to the process that knows its factors.
     """
 
     def __init__(self, moments: Path, shrink: float, count: int) -> None:
         known = Moments(moments)
         super().__init__(known, True, shrink)
         self._known = known.source
-        self._line = [sys.executable, "-m", __name__, str(moments), repr(shrink)]
-        self._idle: queue.LifoQueue[subprocess.Popen[bytes] | None] = queue.LifoQueue()
-        self._started: list[subprocess.Popen[bytes]] = []
-        for _ in range(count):
-            self._idle.put(None)
+        self._workers = [_Worker(moments, shrink) for _ in range(count)]
+        self._idle = list(self._workers)  # the one that rested longest first
+        self._changed = threading.Condition()
 
     def quantize(self, name: str, values: np.ndarray, type: Type) -> np.ndarray:
         if type not in GRIDS or name not in self._known:
             return super().quantize(name, values, type)
-        process = self._idle.get() or self._start()
+        step = values_at_once(values.shape[1]) // values.shape[1]
+        worker = self._take(name)
         try:
-            return _asked(process, name, values, type)
+            return np.concatenate([worker.quantize(name, values[i : i + step], type) for i in range(0, len(values), step)])
         finally:
-            self._idle.put(process)
+            with self._changed:
+                self._idle.append(worker)
+                self._changed.notify()
+
+    def stop(self) -> None:
+        for worker in self._workers:
+            worker.stop()
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for process in self._started:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        self.stop()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _take(self, name: str) -> _Worker:
+        with self._changed:
+            self._changed.wait_for(lambda: self._idle)
+            worker = next((worker for worker in self._idle if worker.latest == name), self._idle[0])
+            self._idle.remove(worker)
+            return worker
+
+
+class _Worker:
+    """One process, from the first request on; `latest` is the matrix that it rounded last."""
+
+    def __init__(self, moments: Path, shrink: float) -> None:
+        self.latest = ""
+        self._line = [sys.executable, "-m", __name__, str(moments), repr(shrink)]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = threading.Event()
+
+    def quantize(self, name: str, values: np.ndarray, kind: Type) -> np.ndarray:
+        self.latest = name
+        process = self._process = self._process or self._start(name)
+        assert process.stdin and process.stdout
+        try:
+            process.stdin.write(json.dumps({"name": name, "type": kind.name, "shape": values.shape}).encode() + b"\n")
+            process.stdin.write(np.ascontiguousarray(values, np.float32).data.cast("B"))
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except (OSError, ValueError):  # it is dead, or stop closed its pipes
+            line = b""
+        if not line:
+            raise EdgeloraError(f"rounding {name} ended with status {process.wait()}", _HINT)
+        reply = json.loads(line)
+        if "error" in reply:
+            raise ModelError(reply["error"], reply["hint"])
+        return np.frombuffer(process.stdout.read(reply["size"]), np.uint8).reshape(len(values), -1)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError, AttributeError):
+                pipe.close()  # type: ignore[union-attr]
+
+    def _start(self, name: str) -> subprocess.Popen[bytes]:
+        if self._stopped.is_set():
+            raise EdgeloraError(f"rounding {name} was stopped", "start it again")
         source = str(Path(__file__).resolve().parents[2])  # also where edgelora runs from its checkout
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": path}
-        # A session of its own: Ctrl-C is ours to answer.
-        process = subprocess.Popen(self._line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
-        self._started.append(process)
-        return process
-
-
-def _asked(process: subprocess.Popen[bytes], name: str, values: np.ndarray, kind: Type) -> np.ndarray:
-    assert process.stdin and process.stdout
-    head = json.dumps({"name": name, "type": kind.name, "shape": values.shape})
-    try:
-        process.stdin.write(head.encode() + b"\n" + np.ascontiguousarray(values, np.float32).tobytes())
-        process.stdin.flush()
-    except BrokenPipeError:
-        pass  # what it died of is told below
-    line = process.stdout.readline()
-    if not line:
-        raise EdgeloraError(f"rounding {name} ended with status {process.wait()}", "free some memory, or use fewer --threads")
-    reply = json.loads(line)
-    if "error" in reply:
-        raise ModelError(reply["error"], reply["hint"])
-    return np.frombuffer(process.stdout.read(reply["size"]), np.uint8).reshape(len(values), -1)
+        try:
+            # A session of its own: Ctrl-C is ours to answer.
+            return subprocess.Popen(self._line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+        except OSError as error:
+            raise EdgeloraError(f"a process to round {name} cannot be started: {error.strerror}", _HINT) from error
 
 
 def serve(moments: Path, shrink: float, asked: IO[bytes], answers: IO[bytes]) -> None:
@@ -113,4 +144,7 @@ def serve(moments: Path, shrink: float, asked: IO[bytes], answers: IO[bytes]) ->
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), float(sys.argv[2]), sys.stdin.buffer, sys.stdout.buffer)
+    try:
+        serve(Path(sys.argv[1]), float(sys.argv[2]), sys.stdin.buffer, sys.stdout.buffer)
+    except (BrokenPipeError, ValueError):  # whoever asked is gone, in the middle of a request perhaps
+        os._exit(1)
