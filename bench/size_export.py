@@ -106,7 +106,7 @@ def main() -> None:
         rivals: dict[str, tuple[int, evaluate.Divergence]] = {}
         for kind, embedding in RIVALS:
             by_hand = [f"token_embd={embedding}"] if embedding else []
-            size = gguf.predict_bytes(described, kind, "rival", means, by_hand)
+            size = gguf.predict_bytes(described, kind, "rival", means, by_hand, model.merged(into))
             if not any(0.9 < size / recipes.size_bytes(wanted) < ROOM for wanted in given.budget):
                 continue
             file = gguf.write(described, kind, work, "rival", quiet, means, by_hand, weights=model.merged(into))
