@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgelora import errors, machine
+from edgelora import errors, machine, own_process
 from edgelora.bench import cores
 from edgelora.bench.rounds import Round, measure, measure_in_browser, read_bandwidth
 from edgelora.errors import EdgeloraError
@@ -97,8 +97,6 @@ class Child:
 @contextlib.contextmanager
 def measuring(name: str, command: Sequence[str] = ("-m", "edgelora.bench"), limit_s: float = _LIMIT_S) -> Iterator[Child]:
     """A measuring process; killed when the block is left, whatever happened."""
-    source = str(Path(__file__).resolve().parents[2])  # also where edgelora runs from its checkout
-    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryFile() as words:
         process = subprocess.Popen(
             [sys.executable, *command],
@@ -106,7 +104,7 @@ def measuring(name: str, command: Sequence[str] = ("-m", "edgelora.bench"), limi
             stdout=subprocess.PIPE,
             stderr=words,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=own_process.environment(),
         )
         try:
             yield Child(name, process, words, limit_s)

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from edgelora.own_process import ONE_THREAD
+
 
 def run(command: Sequence[str], scratch: Path, environment: Mapping[str, str], hear: Callable[[str], None]) -> int:
     """The exit code of a program that works in `scratch`; `hear` is told every line of its output, errors included."""
@@ -38,9 +40,8 @@ def environment(scratch: Path) -> dict[str, str]:
     """For the child only: no network, no credentials, one thread, every temporary file inside `scratch`."""
     ours = {name: value for name, value in os.environ.items() if not name.endswith("_TOKEN")}
     folders = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch / "tmp")) | {"HF_HOME": str(scratch / "home")}
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     fixed = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
-    return ours | folders | threads | fixed
+    return ours | folders | ONE_THREAD | fixed
 
 
 def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from typing import IO
 
 import numpy as np
 
+from edgelora import own_process
 from edgelora.errors import EdgeloraError, ModelError
 from edgelora.quant import ggml
 from edgelora.quant.compensate import Rounding, values_at_once
@@ -29,7 +30,6 @@ from edgelora.quant.curvature import Moments
 from edgelora.quant.ggml import Type
 from edgelora.quant.grids import GRIDS
 
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1")
 _HINT = "free some memory, or use fewer --threads"
 
 
@@ -117,9 +117,7 @@ class _Worker:
     def _start(self, name: str) -> subprocess.Popen[bytes]:
         if self._stopped.is_set():
             raise EdgeloraError(f"rounding {name} was stopped", "start it again")
-        source = str(Path(__file__).resolve().parents[2])  # also where edgelora runs from its checkout
-        path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": path}
+        environment = {**own_process.environment(), **own_process.ONE_THREAD}
         try:
             # A session of its own: Ctrl-C is ours to answer.
             return subprocess.Popen(self._line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
@@ -133,7 +131,10 @@ def serve(moments: Path, shrink: float, asked: IO[bytes], answers: IO[bytes]) ->
     while line := asked.readline():
         request = json.loads(line)
         shape = request["shape"]
-        values = np.frombuffer(asked.read(4 * math.prod(shape)), np.float32).reshape(shape)
+        data = asked.read(4 * math.prod(shape))
+        if len(data) < 4 * math.prod(shape):
+            return  # whoever asked is gone
+        values = np.frombuffer(data, np.float32).reshape(shape)
         try:
             packed = rounding.quantize(request["name"], values, ggml.Type[request["type"]]).tobytes()
         except ModelError as error:
@@ -146,5 +147,5 @@ def serve(moments: Path, shrink: float, asked: IO[bytes], answers: IO[bytes]) ->
 if __name__ == "__main__":
     try:
         serve(Path(sys.argv[1]), float(sys.argv[2]), sys.stdin.buffer, sys.stdout.buffer)
-    except (BrokenPipeError, ValueError):  # whoever asked is gone, in the middle of a request perhaps
+    except BrokenPipeError:  # nobody waits for the answer any more
         os._exit(1)
