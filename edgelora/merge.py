@@ -12,7 +12,7 @@ judged as the file that ships: see `edgelora.export.stage`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
 from edgelora.evaluate import Divergence
 from edgelora.export import card
+from edgelora.progress import Progress
 from edgelora.tuned import Tuned
-
-Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Only sets that report are read here: paraphrases, sealed rows, whatever the reci
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +18,9 @@ from edgelora.data import chat
 from edgelora.data.row import Row
 from edgelora.data.split import Dataset
 from edgelora.export.stage import exported_path
+from edgelora.progress import Progress
 from edgelora.runtime import Session, runtime
 
-Progress = Callable[[float, str], None]
 T = TypeVar("T")
 
 

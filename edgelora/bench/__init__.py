@@ -29,9 +29,8 @@ from edgelora import machine
 from edgelora.bench import cores, disturbance
 from edgelora.bench.child import measuring
 from edgelora.bench.rounds import WORKLOAD, Round
+from edgelora.progress import Progress
 from edgelora.recipe import Bench
-
-Progress = Callable[[float, str], None]
 
 _WARM_UP_ROUNDS = 5  # at most
 _ROOM = 4  # times the bytes of all files, to hold them open at once: llama.cpp has repacked weights twice, and repacks where half of memory is left

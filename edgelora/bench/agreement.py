@@ -6,7 +6,7 @@ likely it is and which one is likeliest; the browser is made to write the same a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from edgelora import evaluate, talk
 from edgelora.bench.rounds import prompt
 from edgelora.data.row import Row
 from edgelora.errors import Unsupported
+from edgelora.progress import Progress
 from edgelora.recipe import Evaluate
 from edgelora.runtime import IN_BROWSER, Session, browser_of, runtime, runtime_of
-
-Progress = Callable[[float, str], None]
 
 _OWN_PROMPTS = (8, 24, 48)  # tokens of the bench's text, where no rows are given
 _ANSWER = 16  # tokens of a greedy answer that is compared

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,9 @@ from edgelora import evaluate, talk
 from edgelora.data.row import Row
 from edgelora.errors import UsageError
 from edgelora.labels import confusion, macro_f1
+from edgelora.progress import Progress
 from edgelora.recipe import Evaluate
 from edgelora.runtime import Session, runtime, runtime_of
-
-Progress = Callable[[float, str], None]
 
 
 def measured(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,8 +17,8 @@ from edgelora.data.clean import Messages, personal
 from edgelora.data.prepare import Finished, Prepared, Spool, prepare, without_mending
 from edgelora.data.row import Row
 from edgelora.errors import DataError
+from edgelora.progress import Progress
 
-Progress = Callable[[float, str], None]
 KIND = "data"
 _SPOOL = ".spool"
 _encode = json.JSONEncoder(ensure_ascii=False, default=str).encode  # json.dumps makes an encoder at every call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from edgelora.data.oddities import Odd
 from edgelora.data.row import Broken, Dropped, Row
 from edgelora.data.source import Source, open_source
 from edgelora.errors import EdgeloraError
+from edgelora.progress import Progress
 from edgelora.recipe import Reading
 
-Progress = Callable[[float, str], None]
 _SAMPLE = 2000  # rows, spread over the file, of which tokens and languages are counted
 _EXAMPLES = 3
 _SHOWN = 5  # lines and pairs listed of each kind

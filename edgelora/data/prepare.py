@@ -28,8 +28,8 @@ from edgelora.data.keys import Keys, keys
 from edgelora.data.row import Dropped, Row
 from edgelora.data.source import Source, open_source
 from edgelora.errors import DataError
+from edgelora.progress import Progress
 
-Progress = Callable[[float, str], None]
 T = TypeVar("T")
 R = TypeVar("R")
 _CHUNK = 256  # rows that travel to a process together

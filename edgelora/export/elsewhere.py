@@ -11,16 +11,15 @@ import errno
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgelora import environments
 from edgelora.errors import ModelError, Unsupported, VerifyError
 from edgelora.export import child, configuration
+from edgelora.progress import Progress
 from edgelora.weights import Checkpoint
-
-Progress = Callable[[float, str], None]
 
 CONTEXT = 2048  # tokens of cache that a file for phones reserves; as much as MNN does by itself
 THERE = Path(__file__).with_name("there")

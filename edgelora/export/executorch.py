@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from edgelora.export import configuration, elsewhere, on_grid
 from edgelora.export import executorch_layout as layout
 from edgelora.export.phone_readme import Phone
 from edgelora.export.rotation import head_dim
+from edgelora.progress import Progress
 from edgelora.quant import moments
 from edgelora.quant.curvature import Moments
 from edgelora.quant.nbits import Layout
@@ -72,7 +73,6 @@ func ask(_ question: String, show: @escaping (String) -> Void) throws {
     beside=("tokenizer.json",),
 )
 
-Progress = Callable[[float, str], None]
 
 calibration, gains_from_importance, gains_of = on_grid.calibration, on_grid.gains_from_importance, on_grid.gains_of
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,13 @@ import numpy as np
 
 from edgelora.errors import ModelError
 from edgelora.export import gguf
+from edgelora.progress import Progress
 from edgelora.quant import ggml, sensitivity
 from edgelora.quant.compensate import Rounding
 from edgelora.quant.curvature import Curvature, Moments
 from edgelora.quant.ggml import Type
 from edgelora.quant.size_plan import Plan
 from edgelora.weights import Checkpoint
-
-Progress = Callable[[float, str], None]
 
 MEASURED = "curvature"
 COMPETING = ("compensated", "nearest")

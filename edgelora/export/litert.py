@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from edgelora.data import chat
 from edgelora.errors import Unsupported
 from edgelora.export import elsewhere, litert_template, on_grid, verify
 from edgelora.export.phone_readme import Phone
+from edgelora.progress import Progress
 from edgelora.quant import moments
 from edgelora.quant.curvature import Moments
 from edgelora.quant.nbits import Layout
@@ -56,7 +57,6 @@ suspend fun ask(question: String, show: (String) -> Unit) {
     swift="",
 )
 
-Progress = Callable[[float, str], None]
 
 calibration, gains_from_importance, gains_of = on_grid.calibration, on_grid.gains_from_importance, on_grid.gains_of
 

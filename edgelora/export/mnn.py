@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from edgelora.data import chat
 from edgelora.errors import Unsupported, VerifyError
 from edgelora.export import digits, elsewhere, on_grid, transformers4, verify
 from edgelora.export.phone_readme import Phone
+from edgelora.progress import Progress
 from edgelora.quant import moments
 from edgelora.quant.curvature import Moments
 from edgelora.quant.nbits import Layout
@@ -81,7 +82,6 @@ extern "C" const char *modelAsk(const char *question) {
 """,
 )
 
-Progress = Callable[[float, str], None]
 
 calibration, gains_from_importance, gains_of = on_grid.calibration, on_grid.gains_from_importance, on_grid.gains_of
 

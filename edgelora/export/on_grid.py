@@ -18,12 +18,12 @@ import numpy as np
 
 from edgelora import weights
 from edgelora.export import architectures, configuration
+from edgelora.progress import Progress
 from edgelora.quant import compensate, nbits
 from edgelora.quant.curvature import Moments
 from edgelora.quant.nbits import Layout
 from edgelora.weights import Checkpoint
 
-Progress = Callable[[float, str], None]
 Known = Callable[[str], np.ndarray | None]  # second moments of a matrix's inputs, by its name in a GGUF file
 
 TYPE = "int4"  # of every format that is rounded like this; 8 bits are nearly exact

@@ -10,13 +10,14 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgelora.errors import ModelError, UsageError
 from edgelora.export import architectures, configuration, onnx_builder, onnx_graph, onnx_optimum, onnx_presets
+from edgelora.progress import Progress
 from edgelora.quant import moments
 from edgelora.quant.curvature import Moments
 from edgelora.runtime import onnx_runtime
@@ -40,8 +41,6 @@ _SECONDS = (5.0, {"int4": 2.6e-8, "int4-mixed": 1.95e-7, "int8": 3.1e-8, "fp32":
 _PEAK_BYTES = (6e8, {"int4": 6.8, "int4-mixed": 11.3, "int8": 6.8, "fp32": 4.0})
 # Where the model lay and how it was found: nobody else's business.
 _PRIVATE_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "local_files_only", "is_local")
-
-Progress = Callable[[float, str], None]
 
 
 def write(

@@ -7,13 +7,12 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgelora.errors import ModelError
 from edgelora.export import child
-
-Progress = Callable[[float, str], None]
+from edgelora.progress import Progress
 
 
 def run(model: Path, options: Sequence[str], scratch: Path, layers: int, progress: Progress) -> None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import collections
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgelora import environments
 from edgelora.errors import ModelError, Unsupported
 from edgelora.export import child, transformers4
+from edgelora.progress import Progress
 from edgelora.runtime.onnx_folder import GRAPH
-
-Progress = Callable[[float, str], None]
 
 TYPES = ("fp32", "fp16", "int4")
 BLOCK = 32

@@ -20,6 +20,7 @@ from edgelora.export import architectures, configuration, onnx_graph, onnx_layou
 from edgelora.export import onnx as exporter
 from edgelora.export.onnx_layout import LAYOUTS
 from edgelora.export.onnx_rounding import Part
+from edgelora.progress import Progress
 from edgelora.quant import nbits, sensitivity
 from edgelora.quant.compensate import Rounding
 from edgelora.quant.curvature import Curvature, Moments
@@ -27,8 +28,6 @@ from edgelora.quant.nbits import Layout
 from edgelora.quant.size_plan import Plan
 from edgelora.runtime.onnx_folder import GRAPH
 from edgelora.weights import Checkpoint
-
-Progress = Callable[[float, str], None]
 
 MEASURED = "onnx-curvature"
 COMPETING = ("compensated",)  # nearest values were further away in every file measured (bench/NOTES.md)

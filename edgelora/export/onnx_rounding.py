@@ -17,12 +17,11 @@ import onnx
 
 from edgelora.errors import ModelError
 from edgelora.export import architectures
+from edgelora.progress import Progress
 from edgelora.quant import compensate, nbits
 from edgelora.quant.curvature import Moments
 from edgelora.quant.nbits import Coded, Layout
 from edgelora.weights import Checkpoint
-
-Progress = Callable[[float, str], None]
 
 _FAR = 0.35  # relative error above which a stored matrix is not the checkpoint's: 4 bits are near 0.1
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)_proj")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,11 +16,10 @@ from edgelora.data.chat import Encoded
 from edgelora.errors import UsageError
 from edgelora.export import FORMATS, PLANNERS, beside, phone_readme, survival, verify
 from edgelora.export.reference import Reference
+from edgelora.progress import Progress
 from edgelora.runtime import runtime, runtime_of, runtimes_of
 from edgelora.runtime.text import FolderText
 from edgelora.tuned import Tuned
-
-Progress = Callable[[float, str], None]
 
 # Keys of recipe.Export that only some formats take -> one that does.
 _OPTIONS = {"importance": "gguf", "tensor_types": "gguf", "block": "onnx", "activations": "onnx", "exporter": "onnx", "target": "onnx"}

@@ -26,9 +26,8 @@ import numpy as np
 from edgelora.data.chat import Encoded
 from edgelora.errors import ModelError
 from edgelora.export import architectures
+from edgelora.progress import Progress
 from edgelora.weights import Checkpoint
-
-Progress = Callable[[float, str], None]
 
 EMBEDDING = "token_embd.weight"
 

@@ -26,6 +26,7 @@ from edgelora.data.chat import Encoded
 from edgelora.errors import ModelError
 from edgelora.export import architectures
 from edgelora.gguf_header import read_header
+from edgelora.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from edgelora.data.split import Dataset
 
 Importance = Mapping[str, np.ndarray]  # GGUF tensor name -> float32, shape (columns,), mean square of each column's input
-Progress = Callable[[float, str], None]
 
 FILE = "imatrix.gguf"
 _TOKENS_AT_ONCE = 2048  # inputs of one pass: 64 MiB in float32 for a matrix of 8192 columns

@@ -5,18 +5,17 @@ A stage of its own for formats whose files are not planned; a size plan measures
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgelora import artifact, merge
 from edgelora.artifact import Artifact
 from edgelora.data.chat import Encoded
+from edgelora.progress import Progress
 from edgelora.quant import curvature
 from edgelora.tuned import Tuned
 from edgelora.weights import Checkpoint
-
-Progress = Callable[[float, str], None]
 
 FILE = "moments.safetensors"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,12 @@ from edgelora.data import chat
 from edgelora.data.chat import Encoded
 from edgelora.data.split import Dataset
 from edgelora.errors import DataError, ModelError, UsageError
+from edgelora.progress import Progress
 from edgelora.train import adapter, estimate, fit, load, room
 
 if TYPE_CHECKING:
     from edgelora.train import loop
 
-Progress = Callable[[float, str], None]
 _CHECKPOINTS = "checkpoints"
 
 
