@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edgelora.errors import EdgeloraError, ModelError
-from edgelora.quant import ggml
+from edgelora.quant import compensate, ggml
 from edgelora.quant.compensate import Rounding
 from edgelora.quant.curvature import Curvature, Moments, save
 from edgelora.quant.ggml import Type
@@ -54,12 +54,25 @@ def test_several_threads_get_the_bytes_of_a_single_one(moments: Path) -> None:
 def test_many_rows_go_a_part_at_a_time_and_a_matrix_stays_with_one_worker(moments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Workers(moments, 0.2, 3) as workers:
         whole = workers.quantize("a", values(40, 3), Type.Q5_0)
-        monkeypatch.setattr("edgelora.quant.workers.values_at_once", lambda columns: 7 * columns)
+        monkeypatch.setattr(compensate, "values_at_once", lambda columns: 7 * columns)
         assert np.array_equal(workers.quantize("a", values(40, 3), Type.Q5_0), whole)
         assert len(started(workers)) == 1
         workers.quantize("b", values(4, 3), Type.Q5_0)
         workers.quantize("a", values(4, 3), Type.Q5_0)
         assert len(started(workers)) == 2
+
+
+def test_a_pool_shares_many_rows_out_until_it_is_stopped(moments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nearest, few = Rounding(Moments(moments), False, 0.2), values(40, 3)
+    with ThreadPoolExecutor(3) as pool, Workers(moments, 0.2, 3, pool) as workers:
+        wanted = workers.quantize("a", few, Type.Q5_0), nearest.quantize("a", few, Type.Q5_0)
+        monkeypatch.setattr(compensate, "values_at_once", lambda columns: 7 * columns)
+        shared = Rounding(Moments(moments), False, 0.2, pool)
+        assert all(map(np.array_equal, (workers.quantize("a", few, Type.Q5_0), shared.quantize("a", few, Type.Q5_0)), wanted))
+        assert len(started(workers)) > 1
+        shared.stop()
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            shared.quantize("a", few, Type.Q5_0)
 
 
 def test_a_worker_that_cannot_be_started_is_an_error_each_time_and_no_wait(moments: Path, monkeypatch: pytest.MonkeyPatch) -> None:

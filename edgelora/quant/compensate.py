@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor
 
 import numpy as np
 
@@ -56,11 +57,6 @@ def quantize(values: np.ndarray, type: Type, taken_over: np.ndarray, importance:
     `taken_over` comes from `feedback`; `importance` as in `ggml.quantize`, which chooses the scales. Rows do not depend on
     one another.
     """
-    step = max(1, values_at_once(values.shape[1]) // values.shape[1])
-    return np.concatenate([_quantized(values[i : i + step], type, taken_over, importance) for i in range(0, len(values), step)])
-
-
-def _quantized(values: np.ndarray, type: Type, taken_over: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     grid, size = GRIDS[type], ggml.block_size(type)
     weights = np.ascontiguousarray(values.T, dtype=np.float32)
     errors = np.zeros_like(weights)
@@ -89,25 +85,29 @@ class Rounding:
     """How each matrix of a model is rounded: `moments(name)` gives its inputs' second moments, None where they are unknown.
 
     With `compensated` errors are made up for, in every type whose codes can be chosen here; else ggml rounds, with the
-    moments' diagonal as importance. `feedback` factors are computed once a matrix and kept for the latest ones.
+    moments' diagonal as importance. `feedback` factors are computed once a matrix and kept for the latest ones. A large
+    matrix is shared out by rows in `pool`, which must be no one's who waits here.
     """
 
-    def __init__(self, moments: Callable[[str], np.ndarray | None], compensated: bool, shrink: float) -> None:
+    def __init__(self, moments: Callable[[str], np.ndarray | None], compensated: bool, shrink: float, pool: Executor | None = None) -> None:
         self.compensated = compensated
         self._moments = moments
         self._shrink = shrink
+        self._pool = pool
         self._lock = threading.Lock()
         self._latest: dict[str, _Once] = {}
 
     def quantize(self, name: str, values: np.ndarray, type: Type) -> np.ndarray:
         """Rows of matrix `name` (float32, shape (rows, columns)) as ggml's bytes, uint8, shape (rows, row_bytes)."""
-        importance, taken_over = self.of(name)
-        if taken_over is None or type not in GRIDS:
-            return ggml.quantize(values, type, importance)
-        return quantize(values, type, taken_over, importance)
+        step = max(1, values_at_once(values.shape[1]) // values.shape[1])
+        ranges = [values[i : i + step] for i in range(0, len(values), step)]
+        each = self._pool.map if self._pool and len(ranges) > 1 else map
+        return np.concatenate(list(each(lambda rows: self._quantize(name, rows, type), ranges)))
 
     def stop(self) -> None:
         """End what other threads have asked for, where that can be."""
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def of(self, name: str) -> Factors:
         """Importance of a matrix's columns and the factors of `feedback`, None for what is not known or not wanted."""
@@ -116,6 +116,12 @@ class Rounding:
             if self.compensated and len(self._latest) > _KEPT:
                 del self._latest[next(iter(self._latest))]
         return once()
+
+    def _quantize(self, name: str, values: np.ndarray, type: Type) -> np.ndarray:
+        importance, taken_over = self.of(name)
+        if taken_over is None or type not in GRIDS:
+            return ggml.quantize(values, type, importance)
+        return quantize(values, type, taken_over, importance)
 
     def _factors(self, name: str) -> Factors:
         moments = self._moments(name)

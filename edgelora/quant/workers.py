@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import Executor
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -25,7 +26,7 @@ import numpy as np
 from edgelora import own_process
 from edgelora.errors import EdgeloraError, ModelError
 from edgelora.quant import ggml
-from edgelora.quant.compensate import Rounding, values_at_once
+from edgelora.quant.compensate import Rounding
 from edgelora.quant.curvature import Moments
 from edgelora.quant.ggml import Type
 from edgelora.quant.grids import GRIDS
@@ -39,27 +40,16 @@ class Workers(Rounding):
     `quantize` may be called from several threads, each of which waits for its answer; a matrix goes to the process that knows its factors.
     """
 
-    def __init__(self, moments: Path, shrink: float, count: int) -> None:
+    def __init__(self, moments: Path, shrink: float, count: int, pool: Executor | None = None) -> None:
         known = Moments(moments)
-        super().__init__(known, True, shrink)
+        super().__init__(known, True, shrink, pool)
         self._known = known.source
         self._workers = [_Worker(moments, shrink) for _ in range(count)]
         self._idle = list(self._workers)  # the one that rested longest first
         self._changed = threading.Condition()
 
-    def quantize(self, name: str, values: np.ndarray, type: Type) -> np.ndarray:
-        if type not in GRIDS or name not in self._known:
-            return super().quantize(name, values, type)
-        step = values_at_once(values.shape[1]) // values.shape[1]
-        worker = self._take(name)
-        try:
-            return np.concatenate([worker.quantize(name, values[i : i + step], type) for i in range(0, len(values), step)])
-        finally:
-            with self._changed:
-                self._idle.append(worker)
-                self._changed.notify()
-
     def stop(self) -> None:
+        super().stop()
         for worker in self._workers:
             worker.stop()
 
@@ -68,6 +58,17 @@ class Workers(Rounding):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+    def _quantize(self, name: str, values: np.ndarray, type: Type) -> np.ndarray:
+        if type not in GRIDS or name not in self._known:
+            return super()._quantize(name, values, type)
+        worker = self._take(name)
+        try:
+            return worker.quantize(name, values, type)
+        finally:
+            with self._changed:
+                self._idle.append(worker)
+                self._changed.notify()
 
     def _take(self, name: str) -> _Worker:
         with self._changed:
