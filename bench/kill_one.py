@@ -1,7 +1,7 @@
-"""`edgelora finetune --gpus N` on a tiny base that N processes hold together: one of them is killed, and half as many go on.
+"""`edgelora finetune --gpus N` on a tiny base that N processes hold, each the whole or all together: one of them is killed, and half as many go on.
 
-Beside it one process trains the same undisturbed, with the base whole, and another one with the rows of an update in two steps: these
-two differ by rounding alone, which says how near the run that went on has to be. Used by `several_gpus.py`.
+Undisturbed, one process trains the same with the base whole, N with the base divided, and one with the rows of an update in two
+steps, which differs from the first by rounding alone. Used by `several_gpus.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,52 +32,80 @@ exports: [{format: gguf, type: q8_0}]
 
 
 def kill_one(count: int, limit_s: float) -> dict[str, Any]:
-    """What was said, when all had ended, and the largest difference of a `valid` loss from the undisturbed run's: of the run that went on
-    (`difference`), and of the one in two steps (`rounding`).
+    """For the base `whole` and `divided`: what was said, when all had ended, and the largest difference of a `valid` loss from the
+    undisturbed run's. Between undisturbed runs: one step and two (`rounding`), one process and all of them (`dividing`).
     """
     begun = time.monotonic()
-    row: dict[str, Any] = {"case": "killed", "processes": count}
+    row: dict[str, Any] = {"case": "killed", "processes": count, "resumed_processes": max(1, count // 2)}
+    left = lambda: max(1.0, limit_s - (time.monotonic() - begun))  # noqa: E731
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        alone = finetune(folder, "alone", 1, "never")
-        steps = finetune(folder, "steps", 1, "never", "--set=train.batch=4", "--set=train.accumulate=2")
-        going = finetune(folder, "killed", count, "always")
+        undisturbed = {
+            "whole": finetune(folder, "alone", 1, "never"),
+            "steps": finetune(folder, "steps", 1, "never", "--set=train.batch=4", "--set=train.accumulate=2"),
+            "divided": finetune(folder, "together", count, "always"),
+        }
         try:
-            mark = "killed/.adapter-*.partial/checkpoints/checkpoint-*/complete"
-            while len(list(folder.glob(mark))) < 1 or epochs(folder) < _KILL_AFTER:
-                if going.poll() is not None or time.monotonic() - begun > limit_s / 2:
-                    raise RuntimeError(f"it ended or wrote no checkpoint: {said(going)}")
-                time.sleep(0.02)
-            working = [child for child in psutil.Process(going.pid).children(recursive=True) if "edgelora.cli" in child.cmdline()]
-            os.kill(working[1].pid, signal.SIGKILL)
-            killed = time.monotonic()
-            going.wait(60)
-            row["ended_s"] = time.monotonic() - killed
-            row["left"] = len(psutil.wait_procs(working, 5)[1])
-            row |= {"code": going.returncode, "said": said(going)}
-            row["resumed_processes"] = max(1, count // 2)
-            resumed = finetune(folder, "killed", row["resumed_processes"], "never")
-            curves = []
-            for process in (alone, resumed, steps):
-                out, err = process.communicate(timeout=max(1.0, limit_s - (time.monotonic() - begun)))
-                if process.returncode:
-                    raise RuntimeError(err.decode()[-1000:])
-                document = json.loads(out)
-                curves.append({point["step"]: point["loss"] for point in document["valid_curve"]})
-                row["resumed"] = row.get("resumed", False) or document["resumed"]
-            row["difference"], row["rounding"] = (max(abs(loss - curve[step]) for step, loss in curves[0].items()) for curve in curves[1:])
-            row["steps"], row["loss"] = max(curves[0]), curves[0][max(curves[0])]
+            known = {name: curve(process, left()) for name, process in undisturbed.items()}
+            row |= {"rounding": apart(known["steps"], known["whole"]), "dividing": apart(known["divided"], known["whole"])}
+            for name, shard in (("whole", "never"), ("divided", "always")):
+                row[name], resumed = killed(folder, name, count, shard, left)
+                row[name] |= {"difference": apart(resumed, known[name])}
+                known[f"{name}, resumed"] = resumed
+            row |= {"steps": max(known["whole"]), "loss": known["whole"][max(known["whole"])], "valid": known}
         except (RuntimeError, subprocess.TimeoutExpired, IndexError) as error:
             row["error"] = repr(error)[:1000]
         finally:
-            for process in (alone, steps, going):
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+            for process in undisturbed.values():
+                stop(process)
     row["case_s"] = round(time.monotonic() - begun, 1)
     print(json.dumps(row), flush=True)
     return row
+
+
+def killed(folder: Path, out: str, count: int, shard: str, left: Callable[[], float]) -> tuple[dict[str, Any], dict[int, float]]:
+    """What became of `count` processes when the second one was killed, and the curve of the half that went on."""
+    going = finetune(folder, out, count, shard)
+    try:
+        mark = f"{out}/.adapter-*.partial/checkpoints/checkpoint-*"
+        while len(list(folder.glob(f"{mark}/complete"))) < 1 or epochs(folder, mark) < _KILL_AFTER:
+            if going.poll() is not None or left() <= 1:
+                raise RuntimeError(f"it ended or wrote no checkpoint: {said(going)}")
+            time.sleep(0.02)
+        working = [child for child in psutil.Process(going.pid).children(recursive=True) if "edgelora.cli" in child.cmdline()]
+        os.kill(working[1].pid, signal.SIGKILL)
+        began = time.monotonic()
+        going.wait(60)
+        found = {"ended_s": time.monotonic() - began, "left": len(psutil.wait_procs(working, 5)[1])}
+        found |= {"code": going.returncode, "said": said(going), "epoch": epochs(folder, mark)}
+    finally:
+        stop(going)
+    return found, curve(finetune(folder, out, max(1, count // 2), "never"), left(), resumed=True)
+
+
+def curve(process: subprocess.Popen[bytes], limit_s: float, resumed: bool = False) -> dict[int, float]:
+    """The `valid` loss by step of a run that ends well."""
+    try:
+        out, err = process.communicate(timeout=limit_s)
+    finally:
+        stop(process)
+    if process.returncode:
+        raise RuntimeError(err.decode()[-1000:])
+    document = json.loads(out)
+    if document["resumed"] != resumed:
+        raise RuntimeError("it did not go on from a checkpoint" if resumed else "it found a checkpoint")
+    return {point["step"]: point["loss"] for point in document["valid_curve"]}
+
+
+def apart(a: Mapping[int, float], b: Mapping[int, float]) -> float:
+    return max(abs(loss - b[step]) for step, loss in a.items())
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def prepare(folder: Path) -> None:
@@ -104,9 +133,9 @@ def finetune(folder: Path, out: str, gpus: int, shard: str, *more: str) -> subpr
     return subprocess.Popen(line, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def epochs(folder: Path) -> int:
+def epochs(folder: Path, mark: str) -> int:
     """How many times the run that will be killed has saved: it keeps two checkpoints, and the newest knows its epoch."""
-    states = sorted(folder.glob("killed/.adapter-*.partial/checkpoints/checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
+    states = sorted(folder.glob(f"{mark}/trainer_state.json"), key=lambda p: p.stat().st_mtime)
     try:
         return round(json.loads(states[-1].read_text())["epoch"]) if states else 0
     except (json.JSONDecodeError, FileNotFoundError):  # it is being written or removed

@@ -142,10 +142,16 @@ def headline(rows: list[dict[str, Any]]) -> list[list[str]]:
                     [f"largest difference of a loss, {case}, {count} and one process", f"{apart(curve, whole):.5f} of {whole[-1]:.2f}"]
                 )
     for row in rows:
-        if row["case"] == "killed" and "difference" in row:
-            ended = f"all ended after {row['ended_s']:.1f} s; {row['resumed_processes']} went on: {row['difference']:.5f} of {row['loss']:.2f} apart"
-            ended += f", rounding alone {row['rounding']:.5f}"
-            found.append([f"1 of {row['processes']} killed", ended])
+        if row["case"] == "killed" and "error" not in row:
+            for base in ("whole", "divided"):
+                ended = f"all ended after {row[base]['ended_s']:.1f} s; {row['resumed_processes']} went on: {row[base]['difference']:.5f} of {row['loss']:.2f} apart"
+                found.append([f"1 of {row['processes']} killed, the base {base}", ended])
+            found.append(
+                [
+                    "undisturbed, one step and two; one process and all with the base divided",
+                    f"{row['rounding']:.5f}; {row['dividing']:.5f}",
+                ]
+            )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from edgelora import processes
@@ -89,6 +91,19 @@ def test_a_part_that_is_the_whole_is_an_error() -> None:
         shards.check(shards.Shards(46_080, 46_080), 23_040)
     with pytest.raises(EdgeloraError, match="but they hold 23,040"):
         shards.check(shards.Shards(46_080, 23_040), 23_040)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_divided_base_that_comes_back_changed_is_an_error(changed: bool) -> None:
+    """On a GPU copies of bfloat16 once turned bytes 0x7f81 into 0x7fff, as both are no number."""
+    layer = torch.nn.Sequential(torch.nn.Linear(256, 2, bias=False)).requires_grad_(False)
+    layer[0].weight.data.view(torch.int16)[1, 3] = 0x7F81
+    shards.watch(layer)
+    if not changed:
+        layer(torch.ones(256))
+    layer[0].weight.data.view(torch.int16)[1, 3] = 0x7FFF
+    with contextlib.nullcontext() if not changed else pytest.raises(EdgeloraError, match="weight of Linear, 256 x 2, came back changed"):
+        layer(torch.ones(256))  # only the first time is looked at
 
 
 def workers(command: int) -> list[psutil.Process]:

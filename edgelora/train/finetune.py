@@ -209,7 +209,7 @@ def make_trainer(
     elif train.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    recorded = cuda and layers is not None and cut.keep and layer.records(model)
+    recorded = cuda and layers is not None and cut.keep and layer.records(model, dtype)
     arguments = _arguments(recipe, folder, cut, dtype if layers is None else torch.float32)
     made = loop.AnswerTrainer(
         model=model,

@@ -42,8 +42,10 @@ def obstacle(model: Any) -> str | None:
     return None
 
 
-def records(model: Any) -> bool:
-    """Whether a step can be recorded as a CUDA graph: rotary embeddings that depend on the longest row wait for the device."""
+def records(model: Any, dtype: torch.dtype) -> bool:
+    """Whether a step can be recorded as a CUDA graph: attention in blocks and rotary embeddings that depend on the longest row wait for the device."""
+    if attention.kernel(dtype) == "blocks":
+        return False
     rope = getattr(model.config, "rope_parameters", None) or {}
     return rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
 

@@ -5,7 +5,8 @@ gradients come back, and the next layer meanwhile. What is divided are the matri
 Embedding, norms, head, the scales of 4-bit blocks (a 32nd of the weights) and the adapter stay whole in every process, so gradients,
 checkpoints and files are those of a base that is not divided.
 
-Bytes of 4-bit weights travel as bf16 numbers: integers are what FSDP does not always take. Nothing computes with those numbers.
+Bytes of 4-bit weights travel as fp32 numbers: integers are what FSDP does not always take, and on a GPU it copies 16-bit numbers by way of
+fp32, where those that are no numbers all become one (bitsandbytes issue 1945). So what a layer first runs with is compared with what was divided.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from edgelora import processes
 from edgelora.errors import EdgeloraError
 from edgelora.train import load
+
+_PARTS = 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def shard(model: Any) -> Shards:
         for module, name, weight in _weights(layer):
             setattr(module, name, _as_floats(module, weight))
         divided = [weight for _, _, weight in _weights(layer)]
+        watch(layer)
         whole += sum(_bytes(weight) for weight in divided)
         part += sum(_bytes(weight[: -(-len(weight) // mesh.size())]) for weight in divided)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=set(layer.parameters()) - set(divided))
@@ -57,6 +61,22 @@ def shard(model: Any) -> Shards:
     made = Shards(whole, sum(_bytes(weight) for layer in decoder.layers for _, _, weight in _weights(layer)))
     check(made, part)
     return made
+
+
+def watch(layer: nn.Module) -> None:
+    """EdgeloraError when the frozen matrices of a decoder layer are not those of now, byte by byte, the first time that it runs."""
+    known = [_sums(weight) for _, _, weight in _weights(layer)]
+
+    def compare(layer: nn.Module, inputs: Any) -> None:
+        handle.remove()
+        for (module, name, weight), sums in zip(_weights(layer), known, strict=True):
+            if not torch.equal(_sums(weight), sums):
+                raise EdgeloraError(
+                    f"{name} of {type(module).__name__}, {module.in_features} x {module.out_features}, came back changed from the other processes",
+                    "train.shard: never leaves the base whole in each of them",
+                )
+
+    handle = layer.register_forward_pre_hook(compare)  # FSDP's own goes before it
 
 
 def check(made: Shards, part: int) -> None:
@@ -81,7 +101,13 @@ def _as_floats(module: Any, weight: Any) -> nn.Parameter:
     if getattr(weight, "quant_state", None) is None:
         return nn.Parameter(weight.data, requires_grad=False)
     module.quant_state = weight.quant_state
-    return nn.Parameter(weight.data.view(-1).view(torch.bfloat16).unsqueeze(1), requires_grad=False)
+    return nn.Parameter(weight.data.view(-1).view(torch.float32).unsqueeze(1), requires_grad=False)
+
+
+def _sums(weight: torch.Tensor) -> torch.Tensor:
+    """Sums of the bytes of a weight, int64, one for each of 64 parts."""
+    parts = weight.detach().contiguous().view(-1).view(torch.uint8).chunk(_PARTS)
+    return torch.stack([part.sum(dtype=torch.int64) for part in parts])
 
 
 def _bytes(weight: torch.Tensor) -> int:
