@@ -48,12 +48,11 @@ def kill_one(count: int, limit_s: float) -> dict[str, Any]:
         }
         try:
             known = {name: curve(process, left()) for name, process in undisturbed.items()}
-            row |= {"rounding": apart(known["steps"], known["whole"]), "dividing": apart(known["divided"], known["whole"])}
+            row |= {"rounding": apart(known["steps"], known["whole"]), "dividing": apart(known["divided"], known["whole"]), "valid": known}
             for name, shard in (("whole", "never"), ("divided", "always")):
                 row[name], resumed = killed(folder, name, count, shard, left)
                 row[name] |= {"difference": apart(resumed, known[name])}
                 known[f"{name}, resumed"] = resumed
-            row |= {"steps": max(known["whole"]), "loss": known["whole"][max(known["whole"])], "valid": known}
         except (RuntimeError, subprocess.TimeoutExpired, IndexError) as error:
             row["error"] = repr(error)[:1000]
         finally:
