@@ -67,6 +67,34 @@ def values_at_once(columns: int) -> int:
     return max(_VALUES_AT_ONCE, _ROWS_AT_ONCE * columns)
 
 
+class Columns:
+    """A matrix's columns in the order in which they are rounded, each as it is wanted once those before it have left their errors.
+
+    `weights`: float32, shape (columns, rows). `errors`, of the same shape, takes what rounding leaves of each column, weight minus value.
+    Without `taken_over` (from `feedback`) columns are wanted as they are.
+    """
+
+    def __init__(self, weights: np.ndarray, taken_over: np.ndarray | None) -> None:
+        self.weights, self.errors = weights, np.zeros_like(weights)
+        self._taken_over = taken_over
+
+    def block(self, start: int, end: int) -> np.ndarray:
+        """Columns `start` to `end`, after all before them: what scales are chosen for. float32, shape (end - start, rows)."""
+        self._start, self._wanted = start, self.weights[start:end]
+        if self._taken_over is not None:
+            self._wanted = self._wanted + self._taken_over[:start, start:end].T @ self.errors[:start]
+        return self._wanted
+
+    def column(self, at: int) -> np.ndarray:
+        """A column of the latest `block`, after those before it there too; float32, shape (rows,)."""
+        wanted: np.ndarray = self._wanted[at - self._start]
+        if self._taken_over is None:
+            return wanted
+        left: np.ndarray = self._taken_over[self._start : at, at] @ self.errors[self._start : at]
+        left += wanted
+        return left
+
+
 def quantize(values: np.ndarray, type: Type, taken_over: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """`values` (float32, shape (rows, columns)) as ggml's bytes, uint8, shape (rows, row_bytes).
 
@@ -74,25 +102,21 @@ def quantize(values: np.ndarray, type: Type, taken_over: np.ndarray, importance:
     one another.
     """
     grid, size = GRIDS[type], ggml.block_size(type)
-    weights = np.ascontiguousarray(values.T, dtype=np.float32)
-    errors = np.zeros_like(weights)
+    columns = Columns(np.ascontiguousarray(values.T, dtype=np.float32), taken_over)
     packed = []
-    for start in range(0, len(weights), size):
-        end = start + size
-        wanted = weights[start:end] + taken_over[:start, start:end].T @ errors[:start]
-        blocks = ggml.quantize(wanted.T, type, None if importance is None else importance[start:end])
+    for start in range(0, len(columns.weights), size):
+        wanted = columns.block(start, start + size)
+        blocks = ggml.quantize(wanted.T, type, None if importance is None else importance[start : start + size])
         scales, offsets = (np.ascontiguousarray(part.T) for part in grid.scales(blocks))
         steps = np.where(scales == 0, np.float32(np.inf), scales)  # whatever is divided by it takes the level of 0
         indices = np.empty(wanted.shape, dtype=np.uint8)
         for column in range(size):
             sub, at = column // grid.sub % len(scales), start + column
-            target = taken_over[start:at, at] @ errors[start:at]
-            target += wanted[column]
-            indices[column] = grid.nearest(target, steps[sub], offsets[sub])
-            error = errors[at]
+            indices[column] = grid.nearest(columns.column(at), steps[sub], offsets[sub])
+            error = columns.errors[at]
             np.multiply(grid.levels.take(indices[column]), scales[sub], out=error)
             error += offsets[sub]
-            np.subtract(weights[at], error, out=error)
+            np.subtract(columns.weights[at], error, out=error)
         packed.append(grid.store(blocks, indices.T))
     return np.concatenate(packed, axis=1)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgelora import machine
+from edgelora.quant.compensate import Columns
 
 _ROWS_AT_ONCE = 512  # a block of so many rows stays in a processor's cache while its scales are searched for
 # Scales that are tried, in multiples of the one that just holds a block's largest value.
@@ -102,25 +103,18 @@ def quantize(weights: np.ndarray, layout: Layout, importance: np.ndarray | None 
 def _quantize(
     weights: np.ndarray, layout: Layout, importance: np.ndarray, taken_over: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    wanted = np.array(weights.T, np.float32, order="C")  # a column of the matrix is a row here
-    errors = np.zeros_like(wanted)
-    codes = np.empty(wanted.shape, np.uint8)
+    columns = Columns(np.ascontiguousarray(weights.T, np.float32), taken_over)
+    codes = np.empty(columns.weights.shape, np.uint8)
     scales, zeros = [], []
-    for start in range(0, len(wanted), layout.block):
-        end = min(start + layout.block, len(wanted))
-        block = wanted[start:end]
-        if taken_over is not None:
-            block += taken_over[:start, start:end].T @ errors[:start]
-        scale, zero = _search(block, importance[start:end], layout)
+    for start in range(0, len(codes), layout.block):
+        end = min(start + layout.block, len(codes))
+        scale, zero = _search(columns.block(start, end), importance[start:end], layout)
         with np.errstate(divide="ignore"):
             inverse = np.where(scale == 0, 0, 1 / scale)
         for at in range(start, end):
-            target = wanted[at]
-            if taken_over is not None:
-                target = target + taken_over[start:at, at] @ errors[start:at]
-            code = np.clip(np.rint(target * inverse) + zero, 0, layout.most)
+            code = np.clip(np.rint(columns.column(at) * inverse) + zero, 0, layout.most)
             codes[at] = code
-            errors[at] = weights[:, at] - scale * (code - zero)
+            columns.errors[at] = columns.weights[at] - scale * (code - zero)
         scales.append(scale)
         zeros.append(zero.astype(np.uint8))
     return np.ascontiguousarray(codes.T), np.stack(scales, 1), np.stack(zeros, 1)
