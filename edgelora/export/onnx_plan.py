@@ -93,7 +93,7 @@ class Matrix:
             whole = piece.spread(values)
             common = sensitivity.taken_back(piece.gguf, whole, found) if whole is values else None
             for name in costs:
-                errors = piece.spread(nbits.quantize(values, LAYOUTS[name], *known).values() - values)
+                errors = piece.spread(nbits.quantize(values, LAYOUTS[name], *known, rounding.pool).values() - values)
                 costs[name] += sensitivity.error_cost(piece.gguf, whole, errors, found, common, together)
         return costs
 
@@ -152,7 +152,7 @@ class Writer:
         arrays: dict[str, np.ndarray] = {}
         for number, (key, matrix) in enumerate(self.found.items()):
             progress(number / len(self.found), f"rounding {key} to {plan.types[key]}")
-            made = nbits.quantize(matrix.read(), LAYOUTS[plan.types[key]], *rounding.of(matrix.found[0].gguf))
+            made = nbits.quantize(matrix.read(), LAYOUTS[plan.types[key]], *rounding.of(matrix.found[0].gguf), rounding.pool)
             arrays |= onnx_layout.store(model.graph, key, made)
         onnx_graph.repack(model.graph, self.frame, target, arrays)
         (target / GRAPH).write_bytes(model.SerializeToString(deterministic=True))

@@ -133,7 +133,7 @@ class Rounding:
         self.compensated = compensated
         self._moments = moments
         self._shrink = shrink
-        self._pool = pool
+        self.pool = pool
         self._lock = threading.Lock()
         self._latest: dict[str, _Once] = {}
 
@@ -141,13 +141,13 @@ class Rounding:
         """Rows of matrix `name` (float32, shape (rows, columns)) as ggml's bytes, uint8, shape (rows, row_bytes)."""
         step = max(1, values_at_once(values.shape[1]) // values.shape[1])
         ranges = [values[i : i + step] for i in range(0, len(values), step)]
-        each = self._pool.map if self._pool and len(ranges) > 1 else map
+        each = self.pool.map if self.pool and len(ranges) > 1 else map
         return np.concatenate(list(each(lambda rows: self._quantize(name, rows, type), ranges)))
 
     def stop(self) -> None:
         """End what other threads have asked for, where that can be."""
-        if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.pool:
+            self.pool.shutdown(wait=False, cancel_futures=True)
 
     def of(self, name: str) -> Factors:
         """Importance of a matrix's columns and the factors of `feedback`, None for what is not known or not wanted."""

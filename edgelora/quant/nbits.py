@@ -9,8 +9,9 @@ Layout: onnxruntime docs/ContribOperators.md, com.microsoft.MatMulNBits.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,16 +88,23 @@ def coded(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, colum
     return Coded(layout, unpacked, scales, _unpacked(zeros.reshape(rows, -1), layout.bits)[:, :blocks])
 
 
-def quantize(weights: np.ndarray, layout: Layout, importance: np.ndarray | None = None, taken_over: np.ndarray | None = None) -> Coded:
+def quantize(
+    weights: np.ndarray,
+    layout: Layout,
+    importance: np.ndarray | None = None,
+    taken_over: np.ndarray | None = None,
+    pool: Executor | None = None,
+) -> Coded:
     """Round `weights` (float32, shape (rows, columns)); rows do not depend on one another.
 
     `importance`: float32, shape (columns,), how much a column's squared error counts. `taken_over`: from
-    `compensate.feedback`, shape (columns, columns); without it every weight goes to the nearest value.
+    `compensate.feedback`, shape (columns, columns); without it every weight goes to the nearest value. Row ranges
+    are shared out in `pool`, whose threads must be no one's who waits here, else in one of as many threads as there are cores.
     """
     counts = np.ones(weights.shape[1], np.float32) if importance is None else importance.astype(np.float32)
     ranges = [weights[start : start + _ROWS_AT_ONCE] for start in range(0, len(weights), _ROWS_AT_ONCE)]
-    with ThreadPoolExecutor(machine.cores()) as pool:
-        parts = list(pool.map(lambda rows: _quantize(rows, layout, counts, taken_over), ranges))
+    with contextlib.nullcontext(pool) if pool else ThreadPoolExecutor(machine.cores()) as threads:
+        parts = list(threads.map(lambda rows: _quantize(rows, layout, counts, taken_over), ranges))
     return Coded(layout, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
