@@ -1,7 +1,7 @@
 """`edgelora finetune --gpus N` on a tiny base that N processes hold, each the whole or all together: one of them is killed, and half as many go on.
 
-Undisturbed, one process trains the same with the base whole, N with the base divided, and one with the rows of an update in two
-steps, which differs from the first by rounding alone. Used by `several_gpus.py`.
+Undisturbed, one process trains the same, and N with the base whole, which differ by the order of sums alone, and N with the base
+divided. Used by `several_gpus.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ exports: [{format: gguf, type: q8_0}]
 
 def kill_one(count: int, limit_s: float) -> dict[str, Any]:
     """For the base `whole` and `divided`: what was said, when all had ended, and the largest difference of a `valid` loss from the
-    undisturbed run's. Between undisturbed runs: one step and two (`rounding`), one process and all of them (`dividing`).
+    undisturbed run's. Between the undisturbed runs: one process and all, with the base whole (`order`) and divided (`dividing`).
     """
     begun = time.monotonic()
     row: dict[str, Any] = {"case": "killed", "processes": count, "resumed_processes": max(1, count // 2)}
@@ -42,16 +42,17 @@ def kill_one(count: int, limit_s: float) -> dict[str, Any]:
         folder = Path(name)
         prepare(folder)
         undisturbed = {
-            "whole": finetune(folder, "alone", 1, "never"),
-            "steps": finetune(folder, "steps", 1, "never", "--set=train.batch=4", "--set=train.accumulate=2"),
-            "divided": finetune(folder, "together", count, "always"),
+            "one": finetune(folder, "one", 1, "never"),
+            "whole": finetune(folder, "all-whole", count, "never"),
+            "divided": finetune(folder, "all-divided", count, "always"),
         }
         try:
             known = {name: curve(process, left()) for name, process in undisturbed.items()}
-            row |= {"rounding": apart(known["steps"], known["whole"]), "dividing": apart(known["divided"], known["whole"]), "valid": known}
+            row |= {"order": apart(known["whole"], known["one"]), "dividing": apart(known["divided"], known["one"]), "valid": known}
             for name, shard in (("whole", "never"), ("divided", "always")):
-                row[name], resumed = killed(folder, name, count, shard, left)
-                row[name] |= {"difference": apart(resumed, known[name])}
+                row[name] = killed(folder, name, count, shard, left)
+                resumed = curve(finetune(folder, name, row["resumed_processes"], "never"), left(), resumed=True)
+                row[name]["difference"] = apart(resumed, known[name])
                 known[f"{name}, resumed"] = resumed
         except (RuntimeError, subprocess.TimeoutExpired, IndexError) as error:
             row["error"] = repr(error)[:1000]
@@ -63,8 +64,8 @@ def kill_one(count: int, limit_s: float) -> dict[str, Any]:
     return row
 
 
-def killed(folder: Path, out: str, count: int, shard: str, left: Callable[[], float]) -> tuple[dict[str, Any], dict[int, float]]:
-    """What became of `count` processes when the second one was killed, and the curve of the half that went on."""
+def killed(folder: Path, out: str, count: int, shard: str, left: Callable[[], float]) -> dict[str, Any]:
+    """What became of `count` processes when the second one was killed."""
     going = finetune(folder, out, count, shard)
     try:
         mark = f"{out}/.adapter-*.partial/checkpoints/checkpoint-*"
@@ -77,10 +78,9 @@ def killed(folder: Path, out: str, count: int, shard: str, left: Callable[[], fl
         began = time.monotonic()
         going.wait(60)
         found = {"ended_s": time.monotonic() - began, "left": len(psutil.wait_procs(working, 5)[1])}
-        found |= {"code": going.returncode, "said": said(going), "epoch": epochs(folder, mark)}
+        return found | {"code": going.returncode, "said": said(going), "epoch": epochs(folder, mark)}
     finally:
         stop(going)
-    return found, curve(finetune(folder, out, max(1, count // 2), "never"), left(), resumed=True)
 
 
 def curve(process: subprocess.Popen[bytes], limit_s: float, resumed: bool = False) -> dict[int, float]:
@@ -123,9 +123,9 @@ def prepare(folder: Path) -> None:
     (folder / "tiny.yaml").write_text(_RECIPE)
 
 
-def finetune(folder: Path, out: str, gpus: int, shard: str, *more: str) -> subprocess.Popen[bytes]:
+def finetune(folder: Path, out: str, gpus: int, shard: str) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "edgelora.cli", "finetune", "tiny.yaml", "--out", out, "--json"]
-    line += ["--gpus", str(gpus), f"--set=train.shard={shard}", *more]
+    line += ["--gpus", str(gpus), f"--set=train.shard={shard}"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     if gpus == 1:
         env["CUDA_VISIBLE_DEVICES"] = "0"

@@ -144,12 +144,16 @@ def headline(rows: list[dict[str, Any]]) -> list[list[str]]:
     for row in rows:
         if row["case"] == "killed":
             for base in ("whole", "divided"):
-                if "difference" in (killed := row.get(base, {})):
-                    ended = f"all ended after {killed['ended_s']:.1f} s; {row['resumed_processes']} went on, losses at most {killed['difference']:.3f} apart"
+                if killed := row.get(base):
+                    ended = f"all ended after {killed['ended_s']:.1f} s"
+                    if "difference" in killed:
+                        ended += f"; {row['resumed_processes']} went on, losses at most {killed['difference']:.3f} from those of {row['processes']} undisturbed"
                     found.append([f"1 of {row['processes']} killed, the base {base}", ended])
-            if "dividing" in row:
-                undisturbed = f"{row['rounding']:.3f}; {row['dividing']:.3f}"
-                found.append(["apart undisturbed: one step and two; one process and all with the base divided", undisturbed])
+            for what, key in (("whole", "order"), ("divided", "dividing")):
+                if key in row:
+                    found.append([f"losses apart, one process and all with the base {what}", f"{row[key]:.3f}"])
+            if "error" in row:
+                found.append(["not to its end", row["error"].partition("(")[0]])
     return found
 
 

@@ -15,7 +15,7 @@ from edgelora import recipe as recipes
 from edgelora.data import chat
 from edgelora.data.split import Dataset
 from edgelora.errors import EdgeloraError
-from edgelora.export import sizes
+from edgelora.export import PLANNING, sizes
 from edgelora.export import stage as exports
 from edgelora.export.verify import PROBES
 from edgelora.outline import Outline
@@ -76,7 +76,7 @@ def _needs(section: recipes.Export) -> tuple[str, ...]:
     """Modules that writing and running this format import; UsageError for a format or type that does not exist."""
     module = exports.format_module(exports.resolve(section).format)
     exports.require_environments(section)
-    return (*module.REQUIRES, *runtime(module.RUNTIME).REQUIRES)
+    return (*module.REQUIRES, *runtime(module.RUNTIME).REQUIRES, *(PLANNING if section.planned else ()))
 
 
 def _exportable(section: recipes.Export, base: models.Base, name: str) -> None:

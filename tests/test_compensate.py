@@ -89,10 +89,10 @@ def test_inputs_without_correlation_take_the_nearest_values(kind: Type) -> None:
 
 
 def test_feedback_is_the_factor_of_the_shrunk_moments() -> None:
-    h = moments(96) + np.eye(96)
+    h = moments(300) + np.eye(300)  # more columns than are factored at once
     deviation = np.sqrt(np.diag(h))
     shrunk = 0.8 * h + 0.2 * np.diag(np.diag(h))
-    unit = compensate.feedback(h, 0.2).astype(np.float64) + np.eye(96)
+    unit = compensate.feedback(h, 0.2).astype(np.float64) + np.eye(300)
     # H = U D U^T with U of unit diagonal: D is what remains of each column once the later ones are known
     remains = np.linalg.solve(unit, np.linalg.solve(unit, shrunk).T)
     assert np.allclose(remains, np.diag(np.diag(remains)), atol=1e-4 * deviation.max() ** 2)

@@ -102,7 +102,7 @@ def test_a_divided_base_that_comes_back_changed_is_an_error(changed: bool) -> No
     if not changed:
         layer(torch.ones(256))
     layer[0].weight.data.view(torch.int16)[1, 3] = 0x7FFF
-    with contextlib.nullcontext() if not changed else pytest.raises(EdgeloraError, match="weight of Linear, 256 x 2, came back changed"):
+    with contextlib.nullcontext() if not changed else pytest.raises(EdgeloraError, match="the weight of a Linear came back changed"):
         layer(torch.ones(256))  # only the first time is looked at
 
 

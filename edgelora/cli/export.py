@@ -99,7 +99,7 @@ def export(
 
     from edgelora import artifact, doctor, machine, models, plan, tuned
     from edgelora import recipe as recipes
-    from edgelora.export import beside, samples, sizes
+    from edgelora.export import PLANNING, beside, samples, sizes
     from edgelora.export import stage as exports
     from edgelora.quant import size_plan
     from edgelora.runtime import runtime
@@ -129,7 +129,7 @@ def export(
         echo.result({**row, "predicted_bytes": predicted}, *plan.file_lines({**row, "size_bytes": predicted}))
         return
     calm_libraries()
-    doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES))
+    doctor.require(("torch", "transformers", *module.REQUIRES, *runtime(module.RUNTIME).REQUIRES, *(PLANNING if section.planned else ())))
     exports.require_environments(section)
     with echo.progress() as progress, artifact.locked(target):
         base = models.open_base(str(model) if adapter else str(model.absolute()), Path(), target)

@@ -44,8 +44,9 @@ FORMATS = {
 #   def mixture(model, name, plan, weights=None) -> dict                        # bits a weight, how many matrices of each type
 #   def open(described, name, weights, scratch, threads, progress, **settings) -> Writer
 #
-# `budget.Matrix` and `budget.Writer` say what those two can do.
+# `budget.Matrix` and `budget.Writer` say what those two can do. Planning imports PLANNING besides.
 PLANNERS = {
     "gguf": "edgelora.export.gguf_plan",
     "onnx": "edgelora.export.onnx_plan",
 }
+PLANNING = ("threadpoolctl",)

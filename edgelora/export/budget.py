@@ -130,7 +130,7 @@ def measured(out: Path, format: str, model_key: str) -> Artifact | None:
 
 @contextmanager
 def _roundings(moments: Path, threads: int) -> Iterator[dict[str, Rounding]]:
-    """Both ways of rounding; as many threads may round as there are `threads`. None of them has numpy's products share out again."""
+    """Both ways of rounding; as many threads may round as there are `threads`. Meanwhile numpy's products take one thread each."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as ranges, Workers(moments, SHRINK, threads, ranges) as compensated:

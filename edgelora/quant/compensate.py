@@ -26,7 +26,7 @@ Factors = tuple[np.ndarray | None, np.ndarray | None]  # a matrix's importance a
 SHRINK = 0.2  # of the correlations between inputs, estimated from few rows; less lets feedback overshoot the blocks (bench/NOTES.md)
 _VALUES_AT_ONCE, _ROWS_AT_ONCE = 1 << 20, 2048  # columns are done one after the other: many rows at once make their steps worth it
 _FACTORED_AT_ONCE = 128  # columns
-_KEPT = 2  # matrices whose `feedback` is kept: threads that round one after the other meet at its end
+KEPT = 2  # matrices whose `feedback` is kept: threads that round one after the other meet at its end
 
 
 def feedback(second_moments: np.ndarray, shrink: float) -> np.ndarray:
@@ -126,7 +126,7 @@ class Rounding:
 
     With `compensated` errors are made up for, in every type whose codes can be chosen here; else ggml rounds, with the
     moments' diagonal as importance. `feedback` factors are computed once a matrix and kept for the latest ones. A large
-    matrix is shared out by rows in `pool`, which must be no one's who waits here.
+    matrix is shared out by rows in `pool`: no thread of it may ask for one, or all of them could wait for one another.
     """
 
     def __init__(self, moments: Callable[[str], np.ndarray | None], compensated: bool, shrink: float, pool: Executor | None = None) -> None:
@@ -153,7 +153,7 @@ class Rounding:
         """Importance of a matrix's columns and the factors of `feedback`, None for what is not known or not wanted."""
         with self._lock:
             once = self._latest.setdefault(name, _Once(lambda: self._factors(name)))
-            if self.compensated and len(self._latest) > _KEPT:
+            if self.compensated and len(self._latest) > KEPT:
                 del self._latest[next(iter(self._latest))]
         return once()
 

@@ -99,7 +99,7 @@ def quantize(
 
     `importance`: float32, shape (columns,), how much a column's squared error counts. `taken_over`: from
     `compensate.feedback`, shape (columns, columns); without it every weight goes to the nearest value. Row ranges
-    are shared out in `pool`, whose threads must be no one's who waits here, else in one of as many threads as there are cores.
+    are shared out in `pool`, to which the caller's thread must not belong, else in one of as many threads as there are cores.
     """
     counts = np.ones(weights.shape[1], np.float32) if importance is None else importance.astype(np.float32)
     ranges = [weights[start : start + _ROWS_AT_ONCE] for start in range(0, len(weights), _ROWS_AT_ONCE)]

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import deque
 from concurrent.futures import Executor
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ import numpy as np
 from edgelora import own_process
 from edgelora.errors import EdgeloraError, ModelError
 from edgelora.quant import ggml
-from edgelora.quant.compensate import Rounding
+from edgelora.quant.compensate import KEPT, Rounding
 from edgelora.quant.curvature import Moments
 from edgelora.quant.ggml import Type
 from edgelora.quant.grids import GRIDS
@@ -37,7 +38,7 @@ _HINT = "free some memory, or use fewer --threads"
 class Workers(Rounding):
     """A compensated `Rounding` that at most `count` processes do; to be closed. They start when they are wanted.
 
-    `quantize` may be called from several threads, each of which waits for its answer; a matrix goes to the process that knows its factors.
+    `quantize` may be called from several threads, each of which waits for its answer; a matrix goes to a process that knows its factors, if one is idle.
     """
 
     def __init__(self, moments: Path, shrink: float, count: int, pool: Executor | None = None) -> None:
@@ -73,22 +74,23 @@ class Workers(Rounding):
     def _take(self, name: str) -> _Worker:
         with self._changed:
             self._changed.wait_for(lambda: self._idle)
-            worker = next((worker for worker in self._idle if worker.latest == name), self._idle[0])
+            worker = next((worker for worker in self._idle if name in worker.latest), self._idle[0])
             self._idle.remove(worker)
             return worker
 
 
 class _Worker:
-    """One process, from the first request on; `latest` is the matrix that it rounded last."""
+    """One process, from the first request on; `latest` are the matrices whose factors it keeps."""
 
     def __init__(self, moments: Path, shrink: float) -> None:
-        self.latest = ""
+        self.latest: deque[str] = deque(maxlen=KEPT)
         self._line = [sys.executable, "-m", __name__, str(moments), repr(shrink)]
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = threading.Event()
 
     def quantize(self, name: str, values: np.ndarray, kind: Type) -> np.ndarray:
-        self.latest = name
+        if name not in self.latest:
+            self.latest.append(name)
         process = self._process = self._process or self._start(name)
         assert process.stdin and process.stdout
         try:

@@ -64,7 +64,7 @@ def shard(model: Any) -> Shards:
 
 
 def watch(layer: nn.Module) -> None:
-    """EdgeloraError when the frozen matrices of a decoder layer are not those of now, byte by byte, the first time that it runs."""
+    """EdgeloraError the first time that a decoder layer runs with other frozen matrices than those of now, by the sums of the bytes of 64 parts."""
     known = [_sums(weight) for _, _, weight in _weights(layer)]
 
     def compare(layer: nn.Module, inputs: Any) -> None:
@@ -72,7 +72,7 @@ def watch(layer: nn.Module) -> None:
         for (module, name, weight), sums in zip(_weights(layer), known, strict=True):
             if not torch.equal(_sums(weight), sums):
                 raise EdgeloraError(
-                    f"{name} of {type(module).__name__}, {module.in_features} x {module.out_features}, came back changed from the other processes",
+                    f"the {name} of a {type(module).__name__} came back changed from the other processes",
                     "train.shard: never leaves the base whole in each of them",
                 )
 
@@ -100,6 +100,11 @@ def _as_floats(module: Any, weight: Any) -> nn.Parameter:
     """A weight as FSDP takes it; `quant_state`, what its 4 bits mean, goes over to the module."""
     if getattr(weight, "quant_state", None) is None:
         return nn.Parameter(weight.data, requires_grad=False)
+    if weight.data.nbytes % 4:
+        raise EdgeloraError(
+            f"a weight of {weight.data.nbytes:,} bytes in 4 bits cannot be divided: they are no multiple of 4",
+            "train.shard: never leaves the base whole in each process",
+        )
     module.quant_state = weight.quant_state
     return nn.Parameter(weight.data.view(-1).view(torch.float32).unsqueeze(1), requires_grad=False)
 
