@@ -11,6 +11,7 @@ from edgelora.cli import lines
 from edgelora.cli.output import DRY_RUN, GPUS, OUT, PATH, RECIPE, SET, Output, calm_libraries, command, load_recipe, open_artifact
 from edgelora.cli.reading import reading
 from edgelora.errors import CheckFailed, UsageError
+from edgelora.own_process import keep_few_kernels
 
 if TYPE_CHECKING:
     from edgelora import recipe as recipes
@@ -72,6 +73,7 @@ def run(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path | None
     \b
     Example:  edgelora run quickstart
     """
+    keep_few_kernels()
     loaded = load_recipe(recipe, overrides, out)
     if dry_run:
         _plan(echo, loaded, gpus)
@@ -111,6 +113,7 @@ def finetune(echo: Output, recipe: Path, overrides: tuple[str, ...], out: Path |
     \b
     Example:  edgelora finetune quickstart --set train.epochs=1 --out runs/try
     """
+    keep_few_kernels()
     loaded = load_recipe(recipe, overrides, out)
     if dry_run:
         _plan(echo, loaded, gpus)
