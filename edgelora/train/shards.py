@@ -23,6 +23,7 @@ from edgelora.errors import EdgeloraError
 from edgelora.train import load
 
 _PARTS = 64
+_HINT = "train.shard: never leaves the base whole in each of them"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def watch(layer: nn.Module) -> None:
             if not torch.equal(_sums(weight), sums):
                 raise EdgeloraError(
                     f"the {name} of a {type(module).__name__} came back changed from the other processes",
-                    "train.shard: never leaves the base whole in each of them",
+                    _HINT,
                 )
 
     handle = layer.register_forward_pre_hook(compare)  # FSDP's own goes before it
@@ -86,7 +87,7 @@ def check(made: Shards, part: int) -> None:
         raise EdgeloraError(
             f"{made.whole_bytes:,} bytes of frozen weights were divided among {len(held)} processes, {part:,} for each, "
             f"but they hold {' and '.join(f'{n:,}' for n in held)}",
-            "train.shard: never leaves the base whole in each of them",
+            _HINT,
         )
 
 
@@ -103,7 +104,7 @@ def _as_floats(module: Any, weight: Any) -> nn.Parameter:
     if weight.data.nbytes % 4:
         raise EdgeloraError(
             f"a weight of {weight.data.nbytes:,} bytes in 4 bits cannot be divided: they are no multiple of 4",
-            "train.shard: never leaves the base whole in each process",
+            _HINT,
         )
     module.quant_state = weight.quant_state
     return nn.Parameter(weight.data.view(-1).view(torch.float32).unsqueeze(1), requires_grad=False)
